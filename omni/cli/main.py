@@ -1,0 +1,61 @@
+"""Entry point of the `omni` command: parse, dispatch, turn errors into exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or graph, 130 interrupted. A user's mistake never prints a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from importlib.metadata import version
+
+COMMANDS = {
+    "run": "run a graph and write its outputs",
+    "plan": "show what would run where, and why",
+    "validate": "check graph files without loading anything",
+    "schema": "print the JSON Schema of graph files, for editors",
+    "bench": "measure this installation against its rivals",
+}
+"""Name -> one line of help; each is a module of this package with `add_arguments(parser)` and `command(args)`."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `omni` command with all its subcommands."""
+    parser = argparse.ArgumentParser(prog="omni", description="Run graphs of generative models from YAML files.")
+    parser.add_argument("--version", action="version", version=f"omni {version('omni-stages')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"omni.cli.{name}")
+        subparser = subparsers.add_parser(name, help=text, description=module.__doc__)
+        subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+        subparser.add_argument("--verbose", action="store_true", help="show tracebacks and logs")
+        module.add_arguments(subparser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    from omni.errors import OmniError, UsageError
+
+    try:
+        module = importlib.import_module(f"omni.cli.{args.command}")
+        code: int = module.command(args)
+        return code
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the CLI edge: everything ends as one line and an exit code
+        if args.verbose or not isinstance(error, OmniError):
+            traceback.print_exc()
+        print(f"omni {args.command}: {error}", file=sys.stderr)
+        return 1
