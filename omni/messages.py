@@ -31,6 +31,10 @@ class Request(Message, frozen=True, kw_only=True):
 # What a stage yields while it runs ------------------------------------------------------------------------------
 
 
+class Started(Message, frozen=True, kw_only=True):
+    """Optional first item: the stage begins now, after waiting for its turn."""
+
+
 class Progress(Message, frozen=True, kw_only=True):
     """`step` of `num_steps` done; `unit` is what a step is ("denoise step", "token")."""
 
@@ -51,7 +55,7 @@ class Output(Message, frozen=True, kw_only=True):
     payload: Payload
 
 
-StageItem = Progress | TextDelta | Output
+StageItem = Started | Progress | TextDelta | Output
 
 
 # What the caller of a request hears -----------------------------------------------------------------------------

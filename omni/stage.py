@@ -11,13 +11,13 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from omni.errors import RequestAborted
-from omni.messages import LoadProgress, StageItem
+from omni.messages import LoadProgress, StageItem, Started
 from omni.spec import StageSpec
 
 Report = Callable[[LoadProgress], None]
@@ -76,7 +76,7 @@ class ThreadedStage(Stage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix=f"stage-{context.name}")
-        self._stops: dict[str, threading.Event] = {}
+        self._runs: dict[str, _Run] = {}
 
     def load(self, report: Report) -> None:  # noqa: B027
         """Blocking part of `setup`."""
@@ -92,44 +92,55 @@ class ThreadedStage(Stage):
         await asyncio.get_running_loop().run_in_executor(self._pool, self.load, report)
 
     async def run(self, call: StageCall) -> AsyncIterator[StageItem]:
-        loop, stop = asyncio.get_running_loop(), threading.Event()
-        items: asyncio.Queue[StageItem | BaseException | None] = asyncio.Queue()
-
-        def emit(item: StageItem | BaseException | None) -> None:
-            loop.call_soon_threadsafe(items.put_nowait, item)
+        run = _Run()
 
         def work() -> None:
             try:
-                if stop.is_set():
-                    raise RequestAborted(call.request_id)
-                for item in self.compute(call, stop):
-                    emit(item)
-                emit(None)
+                run.emit(Started())
+                for item in self.compute(call, run.stop):
+                    run.emit(item)
+                run.emit(None)
             except BaseException as error:  # handed over to the event loop, which raises it again
-                emit(error)
+                run.emit(error)
 
-        self._stops[call.request_id] = stop
-        future = loop.run_in_executor(self._pool, work)
+        self._runs[call.request_id] = run
+        run.future = self._pool.submit(work)
         try:
-            while (item := await items.get()) is not None:
+            while (item := await run.items.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            stop.set()
-            future.cancel()
-            self._stops.pop(call.request_id, None)
+            run.stop.set()
+            run.future.cancel()
+            self._runs.pop(call.request_id, None)
 
     async def abort(self, request_id: str) -> None:
-        stop = self._stops.get(request_id)
-        if stop is not None:
-            stop.set()
+        run = self._runs.get(request_id)
+        if run is not None:
+            run.stop.set()
+            if run.future is not None and run.future.cancel():  # it was still waiting for its turn
+                run.emit(RequestAborted(request_id))
 
     async def teardown(self) -> None:
-        for stop in self._stops.values():
-            stop.set()
+        for run in self._runs.values():
+            run.stop.set()
         await asyncio.get_running_loop().run_in_executor(self._pool, self.unload)
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Run:
+    """One request inside a ThreadedStage: its stop flag and the way of its items back to the event loop."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.future: Future[None] | None = None
+        self.items: asyncio.Queue[StageItem | BaseException | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def emit(self, item: StageItem | BaseException | None) -> None:
+        """Hand one item to the event loop; from any thread."""
+        self._loop.call_soon_threadsafe(self.items.put_nowait, item)
 
 
 def resolve_model_path(model: str, base_dir: str) -> str:

@@ -1,0 +1,1 @@
+"""How one payload crosses one edge: handed over in one process, or through Ray's object store."""

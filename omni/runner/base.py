@@ -1,0 +1,340 @@
+"""What both runners share: one task per request that feeds omni.flow and carries out its actions.
+
+A runner is a set of processes (in the driver, or Ray actors) behind the small interface `StageProcess`. Everything
+here runs on one event loop; nothing blocks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import msgspec
+
+from omni.errors import RequestAborted, RunnerError, StageError
+from omni.flow import AbortStage, Action, Finish, Flow, FreePayload, RunStage
+from omni.graph import FromRequest, FromStage, Gather, Graph
+from omni.messages import Aborted, Done, Event, Failed, Final, Payload, Queued, Request, StageStarted
+from omni.plan import Plan
+from omni.registry import find_kind_of
+from omni.runner.process import Collected, Port, RunCall, StageLaunch, Value, timeout_error
+from omni.stage import Report, StageContext
+
+FETCH_SECONDS = 600.0
+"""How long reading a graph output out of its process may take."""
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    """What the driver holds for a payload: `ref` is the payload itself or a reference that processes can read."""
+
+    process: str
+    produced_at: float
+    ref: Any
+
+
+class StageProcess(ABC):
+    """The driver's view of one process that hosts stages."""
+
+    @abstractmethod
+    async def setup(self, report: Report) -> None:
+        """Bring up the process and all its stages."""
+
+    @abstractmethod
+    def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncIterator[Event | Delivered]:
+        """Run one stage: events, then what was delivered. `sent` are the `ref`s that the call's ports index."""
+
+    @abstractmethod
+    async def abort(self, request_id: str, stage: str) -> None:
+        """Ask a running stage to stop."""
+
+    @abstractmethod
+    async def give_up(self, stage: str) -> None:
+        """A run neither ended nor stopped in time: make sure that it does no more harm."""
+
+    @abstractmethod
+    async def fetch(self, ref: Any) -> Payload:
+        """Bring a delivered payload into the driver."""
+
+    @abstractmethod
+    def free(self, request_id: str, stage: str) -> None:
+        """Drop a payload that the process keeps."""
+
+    @abstractmethod
+    async def teardown(self) -> None:
+        """Stop the process. Never raises for a process that is already gone."""
+
+
+class _RequestState:
+    """The driver's side of one request."""
+
+    def __init__(self, request: Request, graph: Graph) -> None:
+        self.request = request
+        self.flow = Flow(graph)
+        self.payloads: dict[str, Delivered] = {}
+        self.runs: dict[str, asyncio.Task[None]] = {}
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.started_at = time.perf_counter()
+        self.over = asyncio.Event()
+
+
+class Runner(ABC):
+    """Carries out a plan. Use as `async with`; `run` may be called for many requests at once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.graph = plan.graph
+        self._processes: dict[str, StageProcess] = {}
+        self._process_of = {stage.stage: stage.process for stage in plan.stages}
+        self._requests: dict[str, _RequestState] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running_on: dict[str, int] = dict.fromkeys(self._process_of, 0)
+        self._stopping = False
+
+    @abstractmethod
+    async def _build_processes(self) -> dict[str, StageProcess]:
+        """Process name -> process, not set up yet."""
+
+    async def start(self, report: Report = lambda progress: None) -> None:
+        """Bring up all processes in parallel. Raises StageSetupError or RunnerError; then everything is stopped."""
+        try:
+            self._processes = await self._build_processes()
+            async with asyncio.TaskGroup() as group:
+                for process in self._processes.values():
+                    group.create_task(process.setup(report))
+        except BaseException as error:
+            await asyncio.shield(self.stop())
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+
+    async def stop(self) -> None:
+        """Abort what runs, then stop all processes. Safe to call twice."""
+        self._stopping = True
+        for state in list(self._requests.values()):
+            self._carry_out(state, state.flow.abort("the runner was stopped"))
+        waits = [state.over.wait() for state in self._requests.values()]
+        if waits:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*waits), timeout=self._longest_abort())
+        processes, self._processes = self._processes, {}
+        await asyncio.gather(*(process.teardown() for process in processes.values()), return_exceptions=True)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def __aenter__(self) -> Runner:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    async def run(self, request: Request) -> AsyncIterator[Event]:
+        """The events of one request; the last one is final. Leaving the iterator early aborts the request."""
+        if self._stopping or not self._processes:
+            raise RunnerError("the runner is not running; use it as a context manager, or start() it")
+        if request.id in self._requests:
+            raise RunnerError(f"a request with id '{request.id}' is running already; ids must differ")
+        state = _RequestState(request, self.graph)
+        self._requests[request.id] = state
+        state.events.put_nowait(Queued(request_id=request.id))
+        self._carry_out(state, state.flow.start())
+        try:
+            while True:
+                event = await state.events.get()
+                yield event
+                if isinstance(event, Final):
+                    return
+        finally:
+            self._carry_out(state, state.flow.abort("the caller left"))
+
+    async def abort(self, request_id: str, reason: str = "aborted by the caller") -> bool:
+        """Abort a request. False when there is none of that id, or it is over."""
+        state = self._requests.get(request_id)
+        if state is None or state.flow.finished:
+            return False
+        self._carry_out(state, state.flow.abort(reason))
+        return True
+
+    def num_requests(self) -> int:
+        """How many requests are not over."""
+        return len(self._requests)
+
+    # carrying out actions -----------------------------------------------------------------------------------------
+
+    def _carry_out(self, state: _RequestState, actions: list[Action]) -> None:
+        finish: Finish | None = None
+        freed: list[str] = []
+        for action in actions:
+            match action:
+                case RunStage(stage=stage):
+                    state.runs[stage] = self._spawn(self._run_stage(state, stage))
+                case AbortStage(stage=stage):
+                    self._spawn(self._abort_stage(state, stage))
+                case FreePayload(stage=stage):
+                    freed.append(stage)
+                case Finish():
+                    finish = action
+        if finish is not None:
+            self._spawn(self._finish(state, finish, freed))
+        else:
+            self._free(state, freed)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _run_stage(self, state: _RequestState, stage: str) -> None:
+        """One stage of one request, until it ends: reports exactly one end to the flow."""
+        try:
+            state.payloads[stage] = await self._drive(state, stage)
+        except StageError as error:
+            actions = state.flow.stage_failed(stage, error)
+        except RequestAborted:
+            actions = state.flow.stage_aborted(stage)
+        except asyncio.CancelledError:
+            actions = state.flow.stage_aborted(stage)
+        else:
+            actions = state.flow.stage_done(stage)
+        self._carry_out(state, actions)
+
+    async def _drive(self, state: _RequestState, stage: str) -> Delivered:
+        process = self._processes[self._process_of[stage]]
+        seconds = self.graph.spec.stages[stage].timeouts.run_seconds
+        call, sent = self._build_call(state, stage)
+        loop = asyncio.get_running_loop()
+        ahead = self._running_on[stage]
+        self._running_on[stage] += 1
+        try:
+            # Waiting for its turn is bounded by the deadlines of the runs ahead of it.
+            async with asyncio.timeout(seconds * (ahead + 1)) as deadline:
+                async for item in process.run(call, sent):
+                    if isinstance(item, Delivered):
+                        return item
+                    if isinstance(item, StageStarted):
+                        deadline.reschedule(loop.time() + seconds)
+                    state.events.put_nowait(item)
+        except TimeoutError as error:
+            await self._stop_overdue(state, stage)
+            raise timeout_error(stage, seconds) from error
+        finally:
+            self._running_on[stage] -= 1
+        raise StageError(stage, "ended without a payload")
+
+    async def _stop_overdue(self, state: _RequestState, stage: str) -> None:
+        process = self._processes.get(self._process_of[stage])
+        if process is not None:
+            await process.give_up(stage)
+
+    async def _abort_stage(self, state: _RequestState, stage: str) -> None:
+        """Ask the stage to stop; a run that does not is given up after its grace."""
+        process, run = self._processes.get(self._process_of[stage]), state.runs[stage]
+        if process is None:
+            return
+        grace = self.graph.spec.stages[stage].timeouts.abort_seconds
+        with contextlib.suppress(StageError, TimeoutError):
+            await asyncio.wait_for(process.abort(state.request.id, stage), timeout=grace)
+        done, _ = await asyncio.wait([run], timeout=grace)
+        if not done:
+            await process.give_up(stage)
+            run.cancel()
+
+    async def _finish(self, state: _RequestState, finish: Finish, freed: list[str]) -> None:
+        request_id = state.request.id
+        final: Event
+        try:
+            if finish.outcome == "done":
+                outputs = await self._read_outputs(state)
+                final = Done(request_id=request_id, outputs=outputs, seconds=time.perf_counter() - state.started_at)
+            elif finish.error is not None:
+                final = Failed(request_id=request_id, error=finish.error)
+            else:
+                final = Aborted(request_id=request_id, reason=finish.reason)
+        except StageError as error:
+            final = Failed(request_id=request_id, error=error)
+        except asyncio.CancelledError:
+            final = Aborted(request_id=request_id, reason="the runner was stopped")
+        self._free(state, freed)
+        self._requests.pop(request_id, None)
+        state.events.put_nowait(final)
+        state.over.set()
+
+    async def _read_outputs(self, state: _RequestState) -> dict[str, Any]:
+        stages = self.graph.output_stages()
+        payloads: dict[str, Payload] = {}
+        for stage in stages:
+            delivered = state.payloads[stage]
+            try:
+                async with asyncio.timeout(FETCH_SECONDS):
+                    payloads[stage] = await self._processes[delivered.process].fetch(delivered.ref)
+            except TimeoutError as error:
+                raise StageError(stage, f"its output could not be read within {FETCH_SECONDS:g} s") from error
+        return {name: payloads[source.stage][source.port] for name, source in self.graph.outputs.items()}
+
+    def _free(self, state: _RequestState, stages: list[str]) -> None:
+        for stage in stages:
+            state.payloads.pop(stage, None)
+            process = self._processes.get(self._process_of[stage])
+            if process is not None:
+                process.free(state.request.id, stage)
+
+    # building calls -----------------------------------------------------------------------------------------------
+
+    def _build_call(self, state: _RequestState, stage: str) -> tuple[RunCall, tuple[Any, ...]]:
+        home = self._process_of[stage]
+        sent: dict[str, int] = {}
+        inputs: dict[str, Value | Port | Collected] = {}
+
+        def resolve(source: FromRequest | FromStage) -> Value | Port:
+            if isinstance(source, FromRequest):
+                return Value(value=state.request.inputs[source.field])
+            delivered = state.payloads[source.stage]
+            index = None if delivered.process == home else sent.setdefault(source.stage, len(sent))
+            return Port(stage=source.stage, port=source.port, produced_at=delivered.produced_at, sent=index)
+
+        for port, binding in self.graph.bindings[stage].items():
+            if isinstance(binding, Gather):
+                inputs[port] = Collected(parts=tuple(resolve(source) for source in binding.sources))
+            elif isinstance(binding, FromStage) or binding.field in state.request.inputs:
+                inputs[port] = resolve(binding)
+        readers = {self._process_of[reader] for reader in self.graph.readers(stage)}
+        call = RunCall(
+            request_id=state.request.id,
+            stage=stage,
+            seed=state.request.seed,
+            inputs=inputs,
+            needed_ports=self._needed_ports(stage),
+            keep=home in readers,
+        )
+        return call, tuple(state.payloads[source].ref for source in sent)
+
+    def _needed_ports(self, stage: str) -> tuple[str, ...]:
+        edges = (edge.source for edge in self.graph.edges())
+        sources = [source for source in (*edges, *self.graph.outputs.values()) if source.stage == stage]
+        return tuple(dict.fromkeys(source.port for source in sources))
+
+    def _longest_abort(self) -> float:
+        return max(spec.timeouts.abort_seconds for spec in self.graph.spec.stages.values())
+
+    def _launches(self, process: str) -> tuple[StageLaunch, ...]:
+        """How to make the stages of one process."""
+        plan = self.plan.process(process)
+        return tuple(
+            StageLaunch(
+                context=StageContext(
+                    name=stage,
+                    spec=self.graph.spec.stages[stage],
+                    base_dir=self.graph.base_dir,
+                    device=self.plan.stage(stage).device,
+                    num_threads=plan.num_threads,
+                ),
+                target=find_kind_of(self.graph.spec.stages[stage]).stage,
+            )
+            for stage in plan.stages
+        )

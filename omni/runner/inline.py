@@ -1,0 +1,60 @@
+"""The inline runner: every stage in the driver process, models in threads. Never imports Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from omni.errors import StageTimeoutError
+from omni.messages import Event, Payload
+from omni.plan import DRIVER
+from omni.runner.base import Delivered, Runner, StageProcess
+from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
+from omni.stage import Report
+
+
+class DriverProcess(StageProcess):
+    """The driver itself as a process of the plan: payloads are handed over as they are."""
+
+    def __init__(self, launches: tuple[StageLaunch, ...]) -> None:
+        self._local = LocalProcess(launches)
+        self._stuck: set[str] = set()
+
+    async def setup(self, report: Report) -> None:
+        await self._local.setup(report)
+
+    async def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncIterator[Event | Delivered]:
+        if call.stage in self._stuck:
+            raise StageTimeoutError(
+                call.stage,
+                "an earlier request is stuck in it, and a thread cannot be stopped by force",
+                "restart Omni; `isolation: actor` gives the stage a process that is replaced when it hangs",
+            )
+        async for item in self._local.run(call, sent):
+            if isinstance(item, Produced):
+                yield Delivered(process=DRIVER, produced_at=item.produced_at, ref=item.payload)
+            else:
+                yield item
+
+    async def abort(self, request_id: str, stage: str) -> None:
+        await self._local.abort(request_id, stage)
+
+    async def give_up(self, stage: str) -> None:
+        self._stuck.add(stage)
+
+    async def fetch(self, ref: Any) -> Payload:
+        payload: Payload = ref
+        return payload
+
+    def free(self, request_id: str, stage: str) -> None:
+        self._local.free(request_id, stage)
+
+    async def teardown(self) -> None:
+        await self._local.teardown()
+
+
+class InlineRunner(Runner):
+    """Runs a plan whose only process is the driver."""
+
+    async def _build_processes(self) -> dict[str, StageProcess]:
+        return {DRIVER: DriverProcess(self._launches(DRIVER))}

@@ -1,0 +1,252 @@
+"""The stages of one process: sets them up, runs them, and holds the payloads that stay in the process.
+
+The inline runner has one LocalProcess in the driver; each Ray actor is a thin shell around one. This is one of the
+three edges where any exception of a stage is caught and becomes a StageError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from omni.errors import RequestAborted, StageError, StageSetupError, StageTimeoutError
+from omni.messages import (
+    Event,
+    HopFinished,
+    Message,
+    Output,
+    Payload,
+    Progress,
+    StageFinished,
+    StageItem,
+    StageProgress,
+    StageStarted,
+    StageText,
+    Started,
+    TextDelta,
+)
+from omni.registry import import_string
+from omni.stage import Report, Stage, StageCall, StageContext
+from omni.transport.payload import SharedInputGuard, num_bytes
+
+
+class StageLaunch(msgspec.Struct, frozen=True):
+    """How to make one stage in its process."""
+
+    context: StageContext
+    target: str
+    """`module:Class` of the Stage."""
+
+
+class Value(Message, frozen=True, kw_only=True):
+    """An input that comes with the call: a field of the request."""
+
+    value: Any
+
+
+class Port(Message, frozen=True, kw_only=True):
+    """An input that is a port of another stage's payload."""
+
+    stage: str
+    port: str
+    produced_at: float
+    """`time.time()` when the producer had it; on another host its clock may differ."""
+    sent: int | None = None
+    """Index among the payloads sent with the call; None: the payload is held in this process."""
+
+
+class Collected(Message, frozen=True, kw_only=True):
+    """An input that is a list of several others (fan-in)."""
+
+    parts: tuple[Value | Port, ...]
+
+
+class RunCall(Message, frozen=True, kw_only=True):
+    """Everything a process needs to run one stage for one request."""
+
+    request_id: str
+    stage: str
+    seed: int
+    inputs: dict[str, Value | Port | Collected]
+    needed_ports: tuple[str, ...]
+    """Output ports that someone will read."""
+    keep: bool
+    """Hold the payload here, for readers in this process."""
+
+
+class Produced(Message, frozen=True, kw_only=True):
+    """Last item of a run: the payload, for readers elsewhere."""
+
+    payload: Payload
+    produced_at: float
+
+
+class LocalProcess:
+    """Hosts the stages of one process."""
+
+    def __init__(self, launches: tuple[StageLaunch, ...]) -> None:
+        self._launches = launches
+        self._stages: dict[str, Stage] = {}
+        self._held: dict[tuple[str, str], Payload] = {}
+
+    async def setup(self, report: Report) -> None:
+        """Make and set up all stages at once. Raises StageSetupError; stages that came up are torn down again."""
+        for launch in self._launches:
+            self._stages[launch.context.name] = _build_stage(launch)
+        results = await asyncio.gather(*(self._setup_one(name, report) for name in self._stages), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            await self.teardown()
+            raise errors[0]
+
+    async def _setup_one(self, name: str, report: Report) -> None:
+        stage = self._stages[name]
+        seconds = stage.context.spec.timeouts.setup_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await stage.setup(report)
+        except StageError:
+            raise
+        except TimeoutError as error:
+            raise StageSetupError(
+                name, f"was not ready after {seconds:g} s", f"raise stages.{name}.timeouts.setup_seconds"
+            ) from error
+        except Exception as error:
+            raise StageSetupError(name, _one_line(error), details=traceback.format_exc()) from error
+
+    async def run(self, call: RunCall, sent: tuple[Payload, ...] = ()) -> AsyncIterator[Event | Produced]:
+        """Run one stage for one request: events, then the payload.
+
+        Raises StageError when the stage fails and RequestAborted when it was aborted.
+        """
+        stage = self._stages[call.stage]
+        received_at = time.time()
+        inputs: dict[str, Any] = {}
+        for port, source in call.inputs.items():
+            inputs[port], hops = self._resolve(call, port, source, sent, received_at)
+            for hop in hops:
+                yield hop
+        shared = {port: inputs[port] for port, source in call.inputs.items() if not isinstance(source, Value)}
+        guard = SharedInputGuard(shared)
+        stage_call = StageCall(request_id=call.request_id, inputs=inputs, seed=call.seed)
+        run = stage.run(stage_call)
+        started_at = 0.0
+        try:
+            async for item in run:
+                if not started_at:
+                    started_at = time.perf_counter()
+                    yield StageStarted(request_id=call.request_id, stage=call.stage)
+                if isinstance(item, Output):
+                    guard.check(call.stage)
+                    payload = _check_ports(call, item.payload)
+                    yield StageFinished(
+                        request_id=call.request_id,
+                        stage=call.stage,
+                        seconds=time.perf_counter() - started_at,
+                        bytes=num_bytes(payload),
+                    )
+                    if call.keep:
+                        self._held[call.request_id, call.stage] = payload
+                    yield Produced(payload=payload, produced_at=time.time())
+                    return
+                if not isinstance(item, Started):
+                    yield _as_event(call, item)
+            raise StageError(call.stage, "ended without an output", "a stage's last item must be an Output")
+        except (StageError, RequestAborted):
+            raise
+        except Exception as error:
+            raise StageError(call.stage, _one_line(error), details=traceback.format_exc()) from error
+        finally:
+            await run.aclose()  # type: ignore[attr-defined]  # every stage's run is an async generator
+
+    def _resolve(
+        self, call: RunCall, port: str, source: Value | Port | Collected, sent: tuple[Payload, ...], received_at: float
+    ) -> tuple[Any, list[HopFinished]]:
+        if isinstance(source, Value):
+            return source.value, []
+        if isinstance(source, Collected):
+            parts = [self._resolve(call, port, part, sent, received_at) for part in source.parts]
+            return [value for value, _ in parts], [hop for _, hops in parts for hop in hops]
+        payload = self._held[call.request_id, source.stage] if source.sent is None else sent[source.sent]
+        value = payload[source.port]
+        hop = HopFinished(
+            request_id=call.request_id,
+            source=f"{source.stage}.{source.port}",
+            target=f"{call.stage}.{port}",
+            transport="local" if source.sent is None else "object_store",
+            seconds=max(0.0, received_at - source.produced_at),
+            bytes=num_bytes(value),
+        )
+        return value, [hop]
+
+    async def abort(self, request_id: str, stage: str) -> None:
+        """Make a running stage stop; its run ends with RequestAborted."""
+        await self._stages[stage].abort(request_id)
+
+    def free(self, request_id: str, stage: str) -> None:
+        """Drop a payload that was kept here."""
+        self._held.pop((request_id, stage), None)
+
+    def num_held(self) -> int:
+        """How many payloads are held, for tests and metrics."""
+        return len(self._held)
+
+    async def teardown(self) -> None:
+        """Tear down all stages; a stage that fails or hangs in it does not keep the others."""
+        stages, self._stages = self._stages, {}
+        self._held.clear()
+        deadlines = (asyncio.wait_for(stage.teardown(), TEARDOWN_SECONDS) for stage in stages.values())
+        await asyncio.gather(*deadlines, return_exceptions=True)
+
+
+TEARDOWN_SECONDS = 10.0
+"""How long a stage may take to release what it holds."""
+
+
+def _build_stage(launch: StageLaunch) -> Stage:
+    try:
+        stage: Stage = import_string(launch.target)(launch.context)
+    except (ImportError, AttributeError) as error:
+        raise StageSetupError(
+            launch.context.name, f"cannot import {launch.target}: {error}", "install what provides this kind of stage"
+        ) from error
+    return stage
+
+
+def _check_ports(call: RunCall, payload: Payload) -> Payload:
+    missing = [port for port in call.needed_ports if port not in payload]
+    if missing:
+        raise StageError(
+            call.stage,
+            f"gave no '{missing[0]}'; it gave {', '.join(sorted(payload)) or 'nothing'}",
+            "change the graph's edges and outputs to the ports that the stage gives",
+        )
+    return payload
+
+
+def _as_event(call: RunCall, item: StageItem) -> Event:
+    match item:
+        case Progress(step=step, num_steps=num_steps, unit=unit):
+            return StageProgress(
+                request_id=call.request_id, stage=call.stage, step=step, num_steps=num_steps, unit=unit
+            )
+        case TextDelta(text=text):
+            return StageText(request_id=call.request_id, stage=call.stage, text=text)
+    raise TypeError(f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Output")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def timeout_error(stage: str, seconds: float) -> StageTimeoutError:
+    """The error of a run that missed its deadline."""
+    return StageTimeoutError(
+        stage, f"did not finish within {seconds:g} s", f"raise stages.{stage}.timeouts.run_seconds, or ask for less"
+    )
