@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import msgspec
+
 from omni import registry
 from omni.errors import RequestAborted
 from omni.messages import LoadProgress, Output, Progress, StageItem, TextDelta
@@ -28,7 +30,7 @@ HOLD_SECONDS = 120.0
 class DoubleSpec(StageSpec, frozen=True, kw_only=True, tag="double"):
     """What a double does."""
 
-    ports: dict[str, str] = {"prompt": "text"}
+    ports: dict[str, str] = msgspec.field(default_factory=lambda: {"prompt": "text"})
     """Input ports and their types."""
     gives: Literal["text", "image", "tensor"] = "text"
     steps: int = 2

@@ -162,18 +162,29 @@ def sample_concept(rng: random.Random, templates: tuple[str, ...] = TEMPLATES) -
     return rng.choice(templates).format(article + name), caption
 
 
+def _sample_scene_prompt(rng: random.Random, fragment: bool, held_out: bool) -> tuple[str, Scene]:
+    """A fragment or a caption, of a scene that is or is not in the held-out part."""
+    while True:
+        if fragment:
+            text, scene = sample_fragment(rng)
+        else:
+            scene = sample_scene(rng)
+            text = write(scene, rng)
+        if is_held_out(scene) == held_out:
+            return text, scene
+
+
 def sample_prompt(rng: random.Random) -> tuple[str, str]:
     """One training example: a loose prompt, and the canonical caption that the captioner is to answer with."""
     source = rng.random()
     if source < 0.45:
         prompt, caption = sample_concept(rng)
-    elif source < 0.75:
-        text, scene = sample_fragment(rng)
-        prompt, caption = rng.choice(TEMPLATES).format(text), write(scene)
     else:
-        scene = sample_scene(rng)
-        text, caption = write(scene, rng), write(scene)
-        prompt = rng.choice(TEMPLATES).format(text) if rng.random() < 0.3 else text
+        fragment = source < 0.75
+        prompt, scene = _sample_scene_prompt(rng, fragment, held_out=False)
+        caption = write(scene)
+        if fragment or rng.random() < 0.3:
+            prompt = rng.choice(TEMPLATES).format(prompt)
     return add_noise(prompt, rng), caption
 
 
@@ -182,12 +193,7 @@ def sample_held_out_prompt(rng: random.Random) -> tuple[str, str, str]:
     source = rng.choices(("concept", "fragment", "caption"), (60, 20, 20))[0]
     if source == "concept":
         return (*sample_concept(rng, HELD_OUT_TEMPLATES), source)
-    while True:
-        if source == "fragment":
-            text, scene = sample_fragment(rng)
-            text = rng.choice(HELD_OUT_TEMPLATES).format(text)
-        else:
-            scene = sample_scene(rng)
-            text = write(scene, rng)
-        if is_held_out(scene):
-            return text, write(scene), source
+    prompt, scene = _sample_scene_prompt(rng, source == "fragment", held_out=True)
+    if source == "fragment":
+        prompt = rng.choice(HELD_OUT_TEMPLATES).format(prompt)
+    return prompt, write(scene), source

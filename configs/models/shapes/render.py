@@ -48,16 +48,16 @@ def centre(shape: Shape) -> tuple[float, float]:
 
 def encode(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Numbers for the renderer: shapes (batch, 3, 4) float32 and sRGB (batch, 4, 3) float32, the background first."""
-    shapes = torch.zeros(len(scenes), MAX_SHAPES, NUM_FIELDS)
-    shapes[:, :, 0] = EMPTY_KIND
-    colours = torch.zeros(len(scenes), MAX_SHAPES + 1, 3)
-    for index, scene in enumerate(scenes):
-        colours[index, 0] = torch.tensor(COLOURS[scene.background])
-        for slot, shape in enumerate(scene.shapes):
-            half = (STRIPE_SIZES if shape.kind in STRIPES else SIZES)[shape.size]
-            shapes[index, slot] = torch.tensor([KINDS.index(shape.kind), half, *centre(shape)])
-            colours[index, slot + 1] = torch.tensor(COLOURS[shape.colour])
-    return shapes, colours
+    shapes = []
+    colours = []
+    for scene in scenes:
+        empty = MAX_SHAPES - len(scene.shapes)
+        halves = [(STRIPE_SIZES if s.kind in STRIPES else SIZES)[s.size] for s in scene.shapes]
+        rows = [(KINDS.index(s.kind), half, *centre(s)) for s, half in zip(scene.shapes, halves, strict=True)]
+        shapes.append(rows + [(EMPTY_KIND, 0.0, 0.0, 0.0)] * empty)
+        colours.append([COLOURS[name] for name in (scene.background, *(s.colour for s in scene.shapes))])
+        colours[-1] += [(0, 0, 0)] * empty
+    return torch.tensor(shapes, dtype=torch.float32), torch.tensor(colours, dtype=torch.float32)
 
 
 def jitter(shapes: Tensor, colours: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,105 @@
+"""The stage kind `llm`: a causal language model that fills a template and answers in text. Light: no torch here."""
+
+from __future__ import annotations
+
+import os
+
+from omni.errors import Mistake
+from omni.graph import nearest
+from omni.registry import CheckpointRef, Port, Ports, StageKind
+from omni.spec import LlmSpec
+from omni.stage import Stage, StageContext, resolve_model_path
+from stages.llm.template import template_fields
+
+OUTPUTS = {"text": Port("text")}
+
+
+def ports(spec: LlmSpec, base_dir: str) -> Ports:
+    """One required text input for each name in the template; any name when the template is broken (`check` tells)."""
+    try:
+        fields = template_fields(spec.template)
+    except ValueError:
+        return Ports(inputs={}, outputs=OUTPUTS, open_inputs=True)
+    return Ports(inputs={name: Port("text", required=True) for name in fields}, outputs=OUTPUTS)
+
+
+def check(spec: LlmSpec, base_dir: str) -> list[Mistake]:
+    """Faults that can be seen without loading the model."""
+    mistakes = []
+    try:
+        template_fields(spec.template)
+    except ValueError as error:
+        mistakes.append(Mistake("template", str(error)))
+    if not spec.template.strip():
+        mistakes.append(Mistake("template", "is empty; write the user message, for example \"{prompt}\""))
+    return mistakes + (_check_server(spec) if spec.engine == "openai" else _check_local(spec, base_dir))
+
+
+def checkpoint(spec: LlmSpec) -> CheckpointRef | None:
+    """The model's checkpoint; None when a server holds the model."""
+    return CheckpointRef(spec.model, spec.revision) if spec.engine == "transformers" else None
+
+
+def build_stage(context: StageContext) -> Stage:
+    """The stage of the spec's engine."""
+    spec = context.spec
+    assert isinstance(spec, LlmSpec)
+    if spec.engine == "openai":
+        from stages.llm.openai import OpenAiStage
+
+        return OpenAiStage(context)
+    from stages.llm.stage import LlmStage
+
+    return LlmStage(context)
+
+
+def _check_server(spec: LlmSpec) -> list[Mistake]:
+    if not spec.base_url:
+        return [Mistake("base_url", "is needed with engine 'openai', for example http://localhost:8000/v1")]
+    if not spec.base_url.startswith(("http://", "https://")):
+        return [Mistake("base_url", f"'{spec.base_url}' must start with http:// or https://")]
+    return []
+
+
+def _check_local(spec: LlmSpec, base_dir: str) -> list[Mistake]:
+    mistakes = [
+        Mistake(key, "is for engine 'openai' only; set engine: openai, or remove it")
+        for key in ("base_url", "api_key_env")
+        if getattr(spec, key)
+    ]
+    folder = resolve_model_path(spec.model, base_dir)
+    if not os.path.isdir(folder):
+        if _is_path(spec.model):
+            mistakes.append(Mistake("model", _no_folder(os.path.join(base_dir, os.path.expanduser(spec.model)))))
+        return mistakes
+    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        mistakes.append(
+            Mistake(
+                "model",
+                f"{folder} holds no *.safetensors file, and other weight formats are not loaded; convert it once "
+                "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)",
+            )
+        )
+    return mistakes
+
+
+def _is_path(model: str) -> bool:
+    """True when `model` cannot be a hub id, `name` or `owner/name`."""
+    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or "\\" in model
+
+
+def _no_folder(path: str) -> str:
+    parent, name = os.path.split(os.path.abspath(path))
+    close = nearest(name, os.listdir(parent)) if os.path.isdir(parent) else ""
+    fault = "is a file, name its folder" if os.path.isfile(path) else "does not exist"
+    return f"{os.path.abspath(path)} {fault}{close}; a model is a folder or a hub id (owner/name)"
+
+
+KIND = StageKind(
+    name="llm",
+    spec_type=LlmSpec,
+    stage="stages.llm:build_stage",
+    ports=ports,
+    check=check,
+    checkpoint=checkpoint,
+)
