@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -55,7 +55,7 @@ class Stage(ABC):
         """Load whatever the stage needs; called once, before any run. Raise any exception to fail the start."""
 
     @abstractmethod
-    def run(self, call: StageCall) -> AsyncIterator[StageItem]:
+    def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
         """Work on one request; may be called concurrently. Raise RequestAborted when `abort` was called for it."""
 
     async def abort(self, request_id: str) -> None:  # noqa: B027  (a stage of one quick step may ignore it)
@@ -91,7 +91,7 @@ class ThreadedStage(Stage):
     async def setup(self, report: Report) -> None:
         await asyncio.get_running_loop().run_in_executor(self._pool, self.load, report)
 
-    async def run(self, call: StageCall) -> AsyncIterator[StageItem]:
+    async def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
         run = _Run()
 
         def work() -> None:

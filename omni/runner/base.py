@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 import msgspec
@@ -44,7 +44,7 @@ class StageProcess(ABC):
         """Bring up the process and all its stages."""
 
     @abstractmethod
-    def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncIterator[Event | Delivered]:
+    def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
         """Run one stage: events, then what was delivered. `sent` are the `ref`s that the call's ports index."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Runner(ABC):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
 
-    async def run(self, request: Request) -> AsyncIterator[Event]:
+    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of one request; the last one is final. Leaving the iterator early aborts the request."""
         if self._stopping or not self._processes:
             raise RunnerError("the runner is not running; use it as a context manager, or start() it")
@@ -209,28 +209,33 @@ class Runner(ABC):
         seconds = self.graph.spec.stages[stage].timeouts.run_seconds
         call, sent = self._build_call(state, stage)
         loop = asyncio.get_running_loop()
-        ahead = self._running_on[stage]
+        overdue = False
+
+        def expire() -> None:
+            nonlocal overdue
+            overdue = True
+            self._spawn(self._abort_stage(state, stage))
+
+        # Waiting for its turn is bounded by the deadlines of the runs ahead of it.
+        timer = loop.call_later(seconds * (self._running_on[stage] + 1), expire)
         self._running_on[stage] += 1
         try:
-            # Waiting for its turn is bounded by the deadlines of the runs ahead of it.
-            async with asyncio.timeout(seconds * (ahead + 1)) as deadline:
-                async for item in process.run(call, sent):
+            async with contextlib.aclosing(process.run(call, sent)) as items:
+                async for item in items:
                     if isinstance(item, Delivered):
                         return item
                     if isinstance(item, StageStarted):
-                        deadline.reschedule(loop.time() + seconds)
+                        timer.cancel()
+                        timer = loop.call_later(seconds, expire)
                     state.events.put_nowait(item)
-        except TimeoutError as error:
-            await self._stop_overdue(state, stage)
-            raise timeout_error(stage, seconds) from error
+        except (RequestAborted, asyncio.CancelledError):
+            if overdue:
+                raise timeout_error(stage, seconds) from None
+            raise
         finally:
+            timer.cancel()
             self._running_on[stage] -= 1
         raise StageError(stage, "ended without a payload")
-
-    async def _stop_overdue(self, state: _RequestState, stage: str) -> None:
-        process = self._processes.get(self._process_of[stage])
-        if process is not None:
-            await process.give_up(stage)
 
     async def _abort_stage(self, state: _RequestState, stage: str) -> None:
         """Ask the stage to stop; a run that does not is given up after its grace."""

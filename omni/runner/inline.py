@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from omni.errors import StageTimeoutError
@@ -23,7 +23,7 @@ class DriverProcess(StageProcess):
     async def setup(self, report: Report) -> None:
         await self._local.setup(report)
 
-    async def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncIterator[Event | Delivered]:
+    async def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
         if call.stage in self._stuck:
             raise StageTimeoutError(
                 call.stage,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -119,7 +119,7 @@ class LocalProcess:
         except Exception as error:
             raise StageSetupError(name, _one_line(error), details=traceback.format_exc()) from error
 
-    async def run(self, call: RunCall, sent: tuple[Payload, ...] = ()) -> AsyncIterator[Event | Produced]:
+    async def run(self, call: RunCall, sent: tuple[Payload, ...] = ()) -> AsyncGenerator[Event | Produced, None]:
         """Run one stage for one request: events, then the payload.
 
         Raises StageError when the stage fails and RequestAborted when it was aborted.
@@ -162,7 +162,7 @@ class LocalProcess:
         except Exception as error:
             raise StageError(call.stage, _one_line(error), details=traceback.format_exc()) from error
         finally:
-            await run.aclose()  # type: ignore[attr-defined]  # every stage's run is an async generator
+            await run.aclose()
 
     def _resolve(
         self, call: RunCall, port: str, source: Value | Port | Collected, sent: tuple[Payload, ...], received_at: float

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from render import RESOLUTION, visible
 from scenes import COLOURS, KINDS, STRIPES, Scene, Shape, allowed_places
+from torch import Tensor
 
 _REACH = 5
 """Pixels by which a shape may stick out of its nominal outline."""

@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from scenes import COLOURS, KINDS, MAX_SHAPES, PLACES, SIZES, STRIPE_SIZES, STRIPES, Scene, Shape
+from torch import Tensor
 
 RESOLUTION = 128
 """Pixels on a side."""

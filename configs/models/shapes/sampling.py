@@ -5,7 +5,6 @@ import random
 from functools import cache
 
 import torch.nn.functional as F
-
 from render import coverage, encode
 from scenes import COLOURS, KINDS, MAX_SHAPES, SIZES, STRIPES, Scene, Shape, allowed_places
 

@@ -1,0 +1,109 @@
+"""From what a caller gives to the fields of a Request: names, types and defaults are checked here, once."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from omni.errors import InputError
+from omni.graph import FromRequest, Graph, base_type, nearest, sources_of
+from omni.media import Audio, Video
+from omni.messages import Request
+from omni.transport.payload import is_array, is_image, is_tensor
+
+MAX_SEED = 2**32 - 1
+
+
+def build_request(
+    graph: Graph, fields: Mapping[str, Any], seed: int | None = None, request_id: str | None = None
+) -> Request:
+    """A checked request. A missing seed is drawn at random; None values count as left out.
+
+    Raises InputError naming the field, what is allowed and the nearest match.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name, value in given.items():
+        if name not in graph.inputs:
+            allowed = ", ".join(sorted(graph.inputs)) or "none"
+            raise InputError(f"unknown input '{name}'{nearest(name, graph.inputs)} (this graph takes: {allowed})")
+        _check_type(name, value, graph.inputs[name].type)
+    defaults = {name: spec.default for name, spec in graph.inputs.items() if spec.default is not msgspec.UNSET}
+    values = {**defaults, **given}
+    for name, stage in _required_fields(graph).items():
+        if name not in values:
+            raise InputError(f"input '{name}' is missing: stage '{stage}' needs it")
+    if seed is None:
+        seed = random.SystemRandom().randrange(MAX_SEED + 1)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
+    return Request(id=request_id or uuid.uuid4().hex[:12], inputs=values, seed=seed)
+
+
+def parse_field(graph: Graph, name: str, text: str) -> Any:
+    """The value of a field given as text on a command line: text stays, JSON is parsed, media are files to open."""
+    kind = base_type(graph.inputs[name].type) if name in graph.inputs else "text"
+    if kind in ("text", "any"):
+        return text
+    if kind == "json":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    from omni.files import read_media
+
+    return read_media(text, kind)
+
+
+def _required_fields(graph: Graph) -> dict[str, str]:
+    """Request fields that some required port reads -> that stage."""
+    return {
+        source.field: stage
+        for stage in graph.order
+        for port, binding in graph.bindings[stage].items()
+        for source in sources_of(binding)
+        if isinstance(source, FromRequest)
+        and port in graph.ports[stage].inputs
+        and graph.ports[stage].inputs[port].required
+    }
+
+
+def _check_type(name: str, value: Any, port_type: str) -> None:
+    if port_type.startswith("list[") and not isinstance(value, list):
+        raise InputError(f"input '{name}' must be a list of {base_type(port_type)}, not {type(value).__name__}")
+    items = value if isinstance(value, list) and base_type(port_type) != "json" else [value]
+    for item in items:
+        if not _matches(item, base_type(port_type)):
+            raise InputError(f"input '{name}' must be {WANTED[base_type(port_type)]}, not {type(item).__name__}")
+
+
+WANTED = {
+    "text": "text",
+    "image": "a PIL image",
+    "video": "an omni.media.Video",
+    "audio": "an omni.media.Audio",
+    "tensor": "a torch tensor or numpy array",
+    "json": "a JSON value",
+    "any": "anything",
+}
+
+
+def _matches(value: Any, kind: str) -> bool:
+    match kind:
+        case "text":
+            return isinstance(value, str)
+        case "image":
+            return is_image(value)
+        case "video":
+            return isinstance(value, Video)
+        case "audio":
+            return isinstance(value, Audio)
+        case "tensor":
+            return is_tensor(value) or is_array(value)
+        case "json":
+            return isinstance(value, (str, int, float, bool, list, dict))
+    return True
