@@ -25,11 +25,11 @@ demo: $(INSTALLED)  ## draw demo.png: an LLM rewrites a prompt, a diffusion mode
 test: $(INSTALLED)  ## run the whole test suite, without the tests that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-check: $(INSTALLED)  ## lint, format, types and architecture
+check: $(INSTALLED)  ## lint, format, types, architecture and style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_style.py
 
 format: $(INSTALLED)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 
@@ -31,6 +31,7 @@ from omni.plan import Hardware, Plan, plan_graph
 from omni.runner.base import Runner
 from omni.spec import GraphSpec
 
+T = TypeVar("T")
 RunnerChoice = Literal["auto", "inline", "ray"]
 Report = Callable[[LoadProgress], None]
 START_SECONDS = 3600.0
@@ -112,7 +113,8 @@ class AsyncOmni:
 
     `graph` is a YAML file, a GraphSpec or a plain dict; `overrides` are `path=value` texts as of `--set`;
     `runner` overrides the planner's choice; `address` is that of an existing Ray cluster;
-    `hardware` a preset or inventory file to plan for, instead of what this machine has.
+    `hardware` a preset or inventory file to plan for, instead of what this machine has;
+    `base_dir` is where relative model folders start, for a graph that is no file.
     """
 
     def __init__(
@@ -120,12 +122,13 @@ class AsyncOmni:
         graph: str | Path | GraphSpec | dict[str, Any],
         *,
         overrides: Sequence[str] = (),
+        base_dir: str | Path | None = None,
         runner: RunnerChoice = "auto",
         address: str | None = None,
         hardware: str | Hardware | None = None,
         report: Report = lambda progress: None,
     ) -> None:
-        self.loaded: LoadedGraph = load_graph(graph, overrides)
+        self.loaded: LoadedGraph = load_graph(graph, overrides, base_dir)
         self.plan = make_plan(self.loaded.graph, hardware, runner)
         self._address = address
         self._report = report
@@ -292,7 +295,7 @@ class Omni:
         """Abort a running request; see AsyncOmni.abort."""
         return self._call(self._omni.abort(request_id), STOP_SECONDS)
 
-    def _call(self, work: Any, seconds: float | None) -> Any:
+    def _call(self, work: Coroutine[Any, Any, T], seconds: float | None) -> T:
         """Run a coroutine on the loop's thread. Requests have no deadline here: their stages have their own."""
         if self._loop is None:
             work.close()

@@ -22,6 +22,8 @@ UNITS = 10_000
 """Ray counts fractions of a GPU in ten-thousandths."""
 PLANNED_STEP = 100
 """Planned fractions are rounded up to hundredths, which read well."""
+UNKNOWN_ROOM = 2**60
+"""Stands for the memory of a GPU that nobody knows; such a GPU is not shared by memory."""
 REMEDY = "use more or larger GPUs, a smaller model or dtype, or say device: cpu"
 
 
@@ -56,12 +58,14 @@ class Slot(msgspec.Struct):
     node: int
     gpu_id: int
     memory_bytes: int
-    free_units: int = UNITS
-    free_bytes: int = -1
+    free_units: int
+    free_bytes: int
 
-    def __post_init__(self) -> None:
-        if self.free_bytes < 0:
-            self.free_bytes = self.memory_bytes
+    @classmethod
+    def of(cls, node: int, gpu_id: int, memory_bytes: int) -> Slot:
+        """An untouched GPU; with 0 bytes its memory is unknown, and it is taken to hold anything."""
+        room = memory_bytes or UNKNOWN_ROOM
+        return cls(node, gpu_id, room, UNITS, room)
 
     @property
     def is_whole(self) -> bool:
@@ -183,7 +187,9 @@ def _part(claim: Claim, slot: Slot) -> tuple[int, int]:
     """Units and bytes that the claim takes of this GPU; who names a fraction decides about the room as well."""
     if claim.gpus is not None:
         return max(1, math.ceil(round(claim.gpus * UNITS, 6))), claim.weight_bytes or 0
-    steps = math.ceil(claim.share_bytes * UNITS / PLANNED_STEP / max(1, slot.memory_bytes))
+    if slot.memory_bytes == UNKNOWN_ROOM:
+        return UNITS, claim.share_bytes
+    steps = math.ceil(claim.share_bytes * UNITS / PLANNED_STEP / slot.memory_bytes)
     return steps * PLANNED_STEP, claim.share_bytes
 
 
@@ -221,6 +227,8 @@ class CpuClaim(msgspec.Struct, frozen=True):
     """As the graph says; None leaves it to the planner."""
     node: int | None = None
     """Where its GPUs are; None leaves it to the planner."""
+    gpu_part: float = 0.0
+    """Its GPUs, of all that its node has; 0 for a process without."""
     rivals: frozenset[str] = frozenset()
     """Processes that may work on the same request at the same time."""
 
@@ -237,7 +245,8 @@ def place_cpus(claims: Sequence[CpuClaim], cores: Sequence[float]) -> dict[str, 
     """Give every process a node (an index into `cores`), a reservation and threads. Raises PlanError.
 
     A process reserves one core, or less where there are more processes than cores. Threads are another matter:
-    processes that wait for each other may each use all cores, those that work side by side split them.
+    processes that wait for each other may each use all cores, those that work side by side split them, and a process
+    with a GPU gets no more than its GPUs' part of the cores.
     """
     asked = [0.0] * len(cores)
     planned = [0] * len(cores)
@@ -259,7 +268,8 @@ def place_cpus(claims: Sequence[CpuClaim], cores: Sequence[float]) -> dict[str, 
             )
         cpus = planned_cpus if claim.cpus is None else max(claim.cpus, SMALLEST_CPUS)
         side_by_side = 1 + sum(nodes[rival] == node for rival in claim.rivals)
-        threads = int(claim.cpus or cores[node] / side_by_side)
+        part = min(1 / side_by_side, claim.gpu_part or 1.0)
+        threads = int(claim.cpus or cores[node] * part)
         shares[claim.process] = CpuShare(node, cpus if claim.reserves else 0.0, max(1, threads))
     return shares
 

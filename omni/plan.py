@@ -6,67 +6,27 @@ from typing import Literal
 
 import msgspec
 
+from omni.checkpoint import CheckpointFacts
 from omni.errors import PlanError
-from omni.graph import Edge, Graph, base_type
+from omni.graph import Edge, Graph
+from omni.hardware import Gpu, Hardware, Node
 from omni.placement import SHARE_FACTOR, Claim, CpuClaim, CpuShare, Share, Slot, place_cpus, place_gpus
-from omni.registry import find_kind_of
-from omni.sizes import GIB, format_bytes
+from omni.processes import DRIVER, Home, Want, choose_homes, choose_runner, device_of, listed, read_want
+from omni.sizes import format_bytes
 from omni.spec import StageSpec
 
-DRIVER = "driver"
-"""Name of the process that the user's program is."""
-
-
-_FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of an element, by the names of safetensors headers and of graph files."""
-
-
-class Gpu(msgspec.Struct, frozen=True):
-    """One kind of GPU: `memory_bytes` of device memory each."""
-
-    name: str
-    memory_bytes: int
-
-
-class Node(msgspec.Struct, frozen=True):
-    """One host of a cluster (a node, in Ray's words)."""
-
-    name: str
-    cpus: float
-    memory_bytes: int
-    gpus: tuple[Gpu, ...] = ()
-
-
-class Hardware(msgspec.Struct, frozen=True):
-    """What there is to run on."""
-
-    name: str
-    nodes: tuple[Node, ...]
-
-
-class CheckpointFacts(msgspec.Struct, frozen=True):
-    """What safetensors headers say about a checkpoint. Nothing but headers is read."""
-
-    components: dict[str, int]
-    """Component (folder name, or `model`) -> bytes of its weights."""
-    dtypes: dict[str, int] = {}
-    """dtype name as in the header (`BF16`) -> bytes."""
-    known: bool = True
-    """False when the checkpoint is not on this machine yet."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(self.components.values())
-
-    def loaded_bytes(self, dtype: str = "auto") -> int:
-        """Bytes of all weights once loaded as `dtype`; `auto` keeps the checkpoint's own."""
-        size = _FLOAT_SIZES.get(dtype)
-        if size is None or not self.dtypes:
-            return self.total_bytes
-        return sum(
-            count * size // _FLOAT_SIZES[name] if name in _FLOAT_SIZES else count for name, count in self.dtypes.items()
-        )
+__all__ = [
+    "DRIVER",
+    "CheckpointFacts",
+    "EdgePlan",
+    "Gpu",
+    "Hardware",
+    "Node",
+    "Plan",
+    "ProcessPlan",
+    "StagePlan",
+    "plan_graph",
+]
 
 
 class StagePlan(msgspec.Struct, frozen=True):
@@ -138,28 +98,6 @@ class Plan(msgspec.Struct, frozen=True):
         return tuple(tuple(group) for group in groups.values())
 
 
-_PAYLOAD_RANKS = {"video": 2, "image": 1, "audio": 1, "tensor": 1, "any": 1, "text": 0, "json": 0}
-
-
-class _Want(msgspec.Struct, frozen=True):
-    """What one stage asks for, read once from its spec, kind and checkpoint."""
-
-    name: str
-    spec: StageSpec
-    weight_bytes: int | None
-    """None when unknown, 0 when it has no weights."""
-    is_heavy: bool
-    """It has a model or GPUs of its own, so it cannot ride along with another stage."""
-    on_gpu: bool
-
-
-class _Home(msgspec.Struct, frozen=True):
-    """The process that a stage belongs to."""
-
-    process: str
-    reason: str
-
-
 def plan_graph(
     graph: Graph,
     hardware: Hardware,
@@ -173,8 +111,8 @@ def plan_graph(
     """
     if not hardware.nodes:
         raise PlanError(f"hardware '{hardware.name}' has no nodes: name at least one")
-    wants = {name: _want(name, graph.spec.stages[name], hardware, facts.get(name)) for name in graph.order}
-    chosen, reason = _choose_runner(wants, runner)
+    wants = {name: read_want(name, graph.spec.stages[name], hardware, facts.get(name)) for name in graph.order}
+    chosen, reason = choose_runner(wants, runner)
     if runner == "auto" and chosen == "inline" and len(hardware.nodes) > 1:
         try:
             return _place(graph, hardware, wants, chosen, reason)
@@ -184,9 +122,9 @@ def plan_graph(
 
 
 def _place(
-    graph: Graph, hardware: Hardware, wants: dict[str, _Want], runner: Literal["inline", "ray"], reason: str
+    graph: Graph, hardware: Hardware, wants: dict[str, Want], runner: Literal["inline", "ray"], reason: str
 ) -> Plan:
-    homes = _choose_homes(graph, wants, runner)
+    homes = choose_homes(graph, wants, runner)
     shares = _share_gpus(hardware, wants, homes, runner)
     processes = _plan_processes(graph, hardware, wants, homes, shares)
     hosts = {stage: process for process in processes for stage in process.stages}
@@ -203,109 +141,13 @@ def _place(
     )
 
 
-# What the stages ask for ----------------------------------------------------------------------------------------
-
-
-def _want(name: str, spec: StageSpec, hardware: Hardware, facts: CheckpointFacts | None) -> _Want:
-    has_model = find_kind_of(spec).checkpoint(spec) is not None
-    gpus = spec.resources.gpus
-    device = _device_of(spec)
-    num_gpus = sum(len(node.gpus) for node in hardware.nodes)
-    if device == "cpu" and gpus:
-        raise PlanError(f"stage '{name}': device: cpu and resources.gpus: {gpus:g} contradict each other: drop one")
-    if device.startswith("cuda") and gpus == 0:
-        raise PlanError(f"stage '{name}': device: {device} and resources.gpus: 0 contradict each other: drop one")
-    if (device.startswith("cuda") or gpus) and not num_gpus:
-        asked = f"resources.gpus: {gpus:g}" if gpus else f"device: {device}"
-        raise PlanError(f"stage '{name}': {asked}, but {hardware.name} has no GPU: say device: cpu, or drop it")
-    on_gpu = bool(gpus) or device.startswith("cuda") or (has_model and num_gpus > 0 and device != "cpu" and gpus != 0)
-    if not has_model:
-        weight_bytes: int | None = 0
-    else:
-        weight_bytes = facts.loaded_bytes(getattr(spec, "dtype", "auto")) if facts and facts.known else None
-    return _Want(name, spec, weight_bytes, is_heavy=has_model or bool(gpus), on_gpu=on_gpu)
-
-
-def _device_of(spec: StageSpec) -> str:
-    """Kinds with a model have a `device` in their spec; the base spec has none."""
-    return str(getattr(spec, "device", "auto"))
-
-
-# Rules 1 and 2: runner, processes -------------------------------------------------------------------------------
-
-
-def _choose_runner(wants: dict[str, _Want], runner: str) -> tuple[Literal["inline", "ray"], str]:
-    actors = [want.name for want in wants.values() if want.spec.isolation == "actor"]
-    own = [want.name for want in wants.values() if want.is_heavy and want.spec.isolation == "auto"]
-    heavy = [want.name for want in wants.values() if want.is_heavy]
-    if runner == "inline":
-        if actors:
-            raise PlanError(
-                f"stage '{actors[0]}': isolation: actor needs a process of its own, and the inline runner has none: "
-                "use the ray runner, or drop the isolation"
-            )
-        return "inline", "the inline runner was asked for"
-    if runner == "ray":
-        return "ray", "the ray runner was asked for"
-    if actors:
-        return "ray", f"isolation: actor on {_listed(actors)}"
-    if not heavy:
-        return "inline", "no stage holds a model or a GPU"
-    if len(heavy) == 1:
-        return "inline", f"'{heavy[0]}' is the only stage with a model or a GPU, so nothing needs another process"
-    if not own:
-        return "inline", "isolation: inline on every stage with a model or a GPU"
-    return "ray", f"{len(heavy)} stages have a model or a GPU: {_listed(heavy)}"
-
-
-def _choose_homes(graph: Graph, wants: dict[str, _Want], runner: str) -> dict[str, _Home]:
-    """The process of every stage: models first, then the stages that ride along."""
-    if runner == "inline":
-        return {name: _Home(DRIVER, "inline: every stage runs in the driver") for name in graph.order}
-    homes: dict[str, _Home] = {}
-    for name, want in wants.items():
-        if want.spec.isolation == "inline":
-            homes[name] = _Home(DRIVER, "isolation: inline")
-        elif want.spec.isolation == "actor":
-            homes[name] = _Home(_actor_name(name), "isolation: actor")
-        elif want.is_heavy:
-            what = "a model" if want.weight_bytes != 0 else "a GPU"
-            homes[name] = _Home(_actor_name(name), f"has {what}, so it gets an actor of its own")
-    for name in graph.order:
-        producers = [edge for edge in graph.edges() if edge.target_stage == name and edge.source.stage in homes]
-        if name not in homes and producers:
-            source = max(producers, key=lambda edge: _payload_rank(graph, edge)).source.stage
-            homes[name] = _Home(homes[source].process, f"rides with '{source}', whose payload it reads")
-    for name in reversed(graph.order):
-        if name not in homes:
-            homes[name] = _ride_with_reader(graph, name, homes)
-    return homes
-
-
-def _ride_with_reader(graph: Graph, name: str, homes: dict[str, _Home]) -> _Home:
-    readers = [reader for reader in graph.order if reader in graph.readers(name)]
-    if not readers:
-        return _Home(DRIVER, "reads no other stage and none reads it, so it stays in the driver")
-    return _Home(homes[readers[0]].process, f"rides with '{readers[0]}', which reads its payload")
-
-
-def _payload_rank(graph: Graph, edge: Edge) -> int:
-    """How large a payload of this port type tends to be; `max` keeps the first of equals."""
-    port = graph.ports[edge.source.stage].outputs.get(edge.source.port)
-    return _PAYLOAD_RANKS.get(base_type(port.type), 1) if port else 1
-
-
-def _actor_name(stage: str) -> str:
-    return stage if stage != DRIVER else f"{stage} actor"
-
-
 # GPUs -----------------------------------------------------------------------------------------------------------
 
 
-def _share_gpus(hardware: Hardware, wants: dict[str, _Want], homes: dict[str, _Home], runner: str) -> dict[str, Share]:
+def _share_gpus(hardware: Hardware, wants: dict[str, Want], homes: dict[str, Home], runner: str) -> dict[str, Share]:
     """GPUs of the driver's stages, then of the actors, of what is left."""
     slots = [
-        Slot(node, gpu_id, gpu.memory_bytes)
+        Slot.of(node, gpu_id, gpu.memory_bytes)
         for node, there in enumerate(hardware.nodes)
         for gpu_id, gpu in enumerate(there.gpus)
     ]
@@ -325,7 +167,7 @@ def _share_gpus(hardware: Hardware, wants: dict[str, _Want], homes: dict[str, _H
 
 
 def _gpu_id(spec: StageSpec) -> int | None:
-    _, _, number = _device_of(spec).partition(":")
+    _, _, number = device_of(spec).partition(":")
     return int(number) if number else None
 
 
@@ -333,7 +175,7 @@ def _gpu_id(spec: StageSpec) -> int | None:
 
 
 def _plan_processes(
-    graph: Graph, hardware: Hardware, wants: dict[str, _Want], homes: dict[str, _Home], shares: dict[str, Share]
+    graph: Graph, hardware: Hardware, wants: dict[str, Want], homes: dict[str, Home], shares: dict[str, Share]
 ) -> tuple[ProcessPlan, ...]:
     members: dict[str, list[str]] = {DRIVER: []}
     for name in graph.order:
@@ -344,7 +186,10 @@ def _plan_processes(
     for name, stages in members.items():
         numbers = [cpus for cpus in asked[name] if cpus is not None]
         node = next((shares[stage].node for stage in stages if stage in shares), 0 if name == DRIVER else None)
-        claims.append(CpuClaim(name, name != DRIVER, sum(numbers) if numbers else None, node, rivals[name]))
+        gpu_ids = {gpu_id for stage in stages if stage in shares for gpu_id in shares[stage].gpu_ids}
+        part = len(gpu_ids) / len(hardware.nodes[node].gpus) if node is not None and gpu_ids else 0.0
+        cpus = sum(numbers) if numbers else None
+        claims.append(CpuClaim(name, name != DRIVER, cpus, node, part, rivals[name]))
     places = place_cpus(claims, [node.cpus for node in hardware.nodes])
     return tuple(_plan_process(claim, members[claim.process], shares, places, hardware) for claim in claims)
 
@@ -361,8 +206,10 @@ def _plan_process(
         reason = "hosts no stage: it hands requests on"
     elif claim.cpus:
         reason = f"as many threads as resources.cpus says ({claim.cpus:g})"
+    elif 0 < claim.gpu_part <= 1 / (1 + len(beside)) and claim.gpu_part < 1:
+        reason = f"gets the same part of the {node.cpus:g} cores as of the {len(node.gpus)} GPUs"
     elif beside:
-        reason = f"shares the {node.cpus:g} cores with {_listed(beside)}, which may work at the same time"
+        reason = f"shares the {node.cpus:g} cores with {listed(beside)}, which may work at the same time"
     else:
         reason = f"may use all {node.cpus:g} cores: no other process works on a request at the same time"
     is_driver = claim.process == DRIVER
@@ -379,7 +226,7 @@ def _plan_process(
     )
 
 
-def _rivals(graph: Graph, wants: dict[str, _Want], members: dict[str, list[str]]) -> dict[str, frozenset[str]]:
+def _rivals(graph: Graph, wants: dict[str, Want], members: dict[str, list[str]]) -> dict[str, frozenset[str]]:
     """Process -> those others that may compute for the same request while it does; cheap stages do not count."""
     before: dict[str, set[str]] = {}
     for name in graph.order:
@@ -393,7 +240,7 @@ def _rivals(graph: Graph, wants: dict[str, _Want], members: dict[str, list[str]]
     return {one: frozenset(other for other in members if other != one and overlap(one, other)) for one in members}
 
 
-def _plan_stage(want: _Want, home: _Home, share: Share | None, hardware: Hardware) -> StagePlan:
+def _plan_stage(want: Want, home: Home, share: Share | None, hardware: Hardware) -> StagePlan:
     if share is None:
         device = "cpu"
         on = "" if not want.is_heavy else "; " + _why_cpu(want, hardware)
@@ -408,8 +255,8 @@ def _plan_stage(want: _Want, home: _Home, share: Share | None, hardware: Hardwar
     return StagePlan(want.name, home.process, device, want.weight_bytes, home.reason + on)
 
 
-def _why_cpu(want: _Want, hardware: Hardware) -> str:
-    if _device_of(want.spec) == "cpu":
+def _why_cpu(want: Want, hardware: Hardware) -> str:
+    if device_of(want.spec) == "cpu":
         return "device: cpu"
     if want.spec.resources.gpus == 0:
         return "resources.gpus: 0, so on the CPU"
@@ -427,7 +274,7 @@ def _plan_edge(edge: Edge, processes: dict[str, ProcessPlan]) -> EdgePlan:
 
 
 def _warnings(
-    hardware: Hardware, wants: dict[str, _Want], shares: dict[str, Share], processes: dict[str, ProcessPlan]
+    hardware: Hardware, wants: dict[str, Want], shares: dict[str, Share], processes: dict[str, ProcessPlan]
 ) -> list[str]:
     """What may go wrong although the plan holds."""
     found = []
@@ -441,7 +288,7 @@ def _warnings(
             found.append(f"stage '{name}': its checkpoint is not on this machine, its size is unknown{whole}")
         elif share is not None and share.gpus >= 1:
             memory = sum(hardware.nodes[share.node].gpus[gpu_id].memory_bytes for gpu_id in share.gpu_ids)
-            if want.weight_bytes * SHARE_FACTOR > memory:
+            if want.weight_bytes * SHARE_FACTOR > memory > 0:
                 sizes = f"{format_bytes(want.weight_bytes)} of {format_bytes(memory)}"
                 found.append(f"stage '{name}': its weights take {sizes}, which leaves little room for activations")
         number = _gpu_id(want.spec)
@@ -452,7 +299,3 @@ def _warnings(
             sizes = f"{format_bytes(host_bytes[node.name])}, more than the {format_bytes(node.memory_bytes)} there are"
             found.append(f"node '{node.name}': the weights on its CPUs take {sizes}")
     return found
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

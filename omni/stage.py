@@ -51,17 +51,17 @@ class Stage(ABC):
     def __init__(self, context: StageContext) -> None:
         self.context = context
 
-    async def setup(self, report: Report) -> None:  # noqa: B027  (nothing to load is a fine default)
+    async def setup(self, report: Report) -> None:
         """Load whatever the stage needs; called once, before any run. Raise any exception to fail the start."""
 
     @abstractmethod
     def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
         """Work on one request; may be called concurrently. Raise RequestAborted when `abort` was called for it."""
 
-    async def abort(self, request_id: str) -> None:  # noqa: B027  (a stage of one quick step may ignore it)
+    async def abort(self, request_id: str) -> None:
         """Make the run of `request_id` stop soon; unknown ids are ignored."""
 
-    async def teardown(self) -> None:  # noqa: B027
+    async def teardown(self) -> None:
         """Release everything; called once, after the last run."""
 
 
@@ -78,14 +78,14 @@ class ThreadedStage(Stage):
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix=f"stage-{context.name}")
         self._runs: dict[str, _Run] = {}
 
-    def load(self, report: Report) -> None:  # noqa: B027
+    def load(self, report: Report) -> None:
         """Blocking part of `setup`."""
 
     @abstractmethod
     def compute(self, call: StageCall, stop: threading.Event) -> Iterator[StageItem]:
         """Blocking part of `run`. Check `stop` often; when it is set, raise RequestAborted."""
 
-    def unload(self) -> None:  # noqa: B027
+    def unload(self) -> None:
         """Blocking part of `teardown`."""
 
     async def setup(self, report: Report) -> None:

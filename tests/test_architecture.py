@@ -14,15 +14,24 @@ import pytest
 LAYERS = (
     ("omni.cli",),
     ("omni.bench",),
-    ("omni", "omni.api"),
+    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
     ("stages.policies",),
     ("omni.transport",),
-    ("omni.stage", "omni.flow", "omni.plan"),
-    ("omni.load", "omni.graph", "omni.registry"),
+    (
+        "omni.draw",
+        "omni.plan",
+        "omni.placement",
+        "omni.processes",
+        "omni.checkpoint",
+        "omni.hardware",
+        "omni.flow",
+        "omni.stage",
+    ),
+    ("omni.load", "omni.document", "omni.graph", "omni.port_types", "omni.registry"),
     ("omni.spec",),
-    ("omni.messages", "omni.media"),
+    ("omni.messages", "omni.media", "omni.sizes"),
     ("omni.errors",),
 )
 """Top to bottom: a module imports from its own layer and those below. A dotted name stands for its submodules too."""

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import threading
 import traceback
 from importlib.metadata import version
 
@@ -59,3 +60,13 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"omni {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def entry() -> None:
+    """The console script: exit at once, also when a stage's thread is stuck in foreign code and cannot be joined."""
+    code = main()
+    if threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -53,7 +53,7 @@ def call_mistakes(call: dict[str, Any], signature: Signature | None) -> list[Mis
             mistakes.append(Mistake(f"call.{name}", f"cannot be set: {reason}"))
         elif signature is not None and name not in signature.parameters:
             mistakes.append(Mistake(f"call.{name}", unknown_parameter(name, signature)))
-        elif signature is not None and (fault := value_fault(signature.parameters[name], value)):
+        elif signature is not None and (fault := _constant_fault(signature.parameters[name], value)):
             mistakes.append(Mistake(f"call.{name}", fault))
     return mistakes
 
@@ -62,6 +62,13 @@ def unknown_parameter(name: str, signature: Signature) -> str:
     """The message for a name that the pipeline's call does not have."""
     allowed = ", ".join(sorted(signature.parameters))
     return f"{signature.pipeline} takes no '{name}'{nearest(name, signature.parameters)} (it takes: {allowed})"
+
+
+def _constant_fault(parameter: Parameter, value: Any) -> str:
+    kind = parameter.port.type
+    if kind in ("image", "video", "audio", "tensor") and value is not None:
+        return f"a graph file cannot hold this {kind}; send it with the request, or wire it in the stage's inputs"
+    return value_fault(parameter, value)
 
 
 def _known_signature(spec: DiffusionSpec, folder: Path | None) -> Signature | None:
@@ -75,6 +82,8 @@ def _inputs(signature: Signature, spec: DiffusionSpec) -> dict[str, Port]:
 
     def port(parameter: Parameter) -> Port:
         required = parameter.port.required or (parameter.name == "prompt" and not embedded)
-        return Port(parameter.port.type, required=required and parameter.name not in spec.call, many=parameter.port.many)
+        return Port(
+            parameter.port.type, required=required and parameter.name not in spec.call, many=parameter.port.many
+        )
 
     return {name: port(parameter) for name, parameter in signature.parameters.items()}

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from omni.checkpoint import PICKLED
 from omni.errors import Mistake
 from omni.graph import nearest
 from omni.spec import DiffusionSpec
 
 INDEX = "model_index.json"
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 CONVERT = "convert it once where you trust it: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
 
 
@@ -55,22 +55,24 @@ def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of one component's folder, of the variant where it has one."""
-    files = sorted(folder.glob("*.safetensors"))
-    marked = [path for path in files if variant and f".{variant}" in path.name]
-    return marked or [path for path in files if path.name.count(".") == 1] or files
+def absent_components(index: dict[str, Any]) -> list[str]:
+    """Components that the pipeline knows and the checkpoint was saved without."""
+    return [name for name, value in index.items() if value == [None, None]]
 
 
-def weight_bytes(folder: Path, variant: str | None = None) -> int:
-    """Size in bytes of one component's safetensors files."""
-    return sum(path.stat().st_size for path in weight_files(folder, variant))
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether one component's folder has weights of this variant."""
+    return variant is not None and any(folder.glob(f"*.{variant}.*"))
 
 
 def checkpoint_mistakes(spec: DiffusionSpec, base_dir: str, folder: Path | None) -> list[Mistake]:
     """Faults of the model's place and files that can be seen without loading it."""
     if folder is None:
-        return [Mistake("model", _no_folder(Path(base_dir, os.path.expanduser(spec.model))))] if is_path(spec.model) else []
+        return (
+            [Mistake("model", _no_folder(Path(base_dir, os.path.expanduser(spec.model))))]
+            if is_path(spec.model)
+            else []
+        )
     if not (folder / INDEX).is_file():
         other = "modular_model_index.json"
         kind = f"it is a modular pipeline ({other}), which is not supported" if (folder / other).is_file() else ""

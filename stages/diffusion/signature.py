@@ -38,10 +38,10 @@ OUTPUT_PORTS = {
 }
 """Field of a pipeline's output -> the stage's output port, the main one first."""
 
-ANY_OUTPUTS = {port: kind for port, kind in OUTPUT_PORTS.values()}
+ANY_OUTPUTS = dict(OUTPUT_PORTS.values())
 """Output ports of a pipeline that is not known yet."""
 
-SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str}
+SCALARS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _NONE_WORDS = {"None", "NoneType", "Optional", "Union", "typing", "class"}
 _LIST_WORDS = {"list", "List", "tuple", "Tuple", "Sequence"}
 _PLAIN_WORDS = {"int", "float", "bool", "dict", "Dict", "Any", *_LIST_WORDS}
@@ -73,6 +73,20 @@ class Signature(msgspec.Struct, frozen=True):
 def owned_reason(name: str) -> str:
     """Why the graph may not set the parameter `name`; empty when it may."""
     return "Omni reports progress and aborts itself" if "callback" in name else OWNED.get(name, "")
+
+
+def value_fault(parameter: Parameter, value: Any) -> str:
+    """What is wrong with a text or plain value for `parameter`; empty when it fits or cannot be told."""
+    if value is None:
+        return ""
+    if parameter.scalars:
+        allowed = tuple(SCALARS[name] for name in parameter.scalars)
+        fits = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
+        return "" if fits else f"must be {' or '.join(parameter.scalars)}, not {value!r:.60}"
+    if parameter.port.type == "text":
+        items = value if isinstance(value, (list, tuple)) and parameter.port.many else [value]
+        return "" if all(isinstance(item, str) for item in items) else f"must be text, not {value!r:.60}"
+    return ""
 
 
 @cache
@@ -142,7 +156,7 @@ def _parameter(name: str, annotation: str, required: bool, constant: Any) -> Par
 
 
 def _port_type(name: str, words: set[str]) -> str:
-    if words and words <= _PLAIN_WORDS:
+    if words & {"int", "float", "bool"} and words <= _PLAIN_WORDS:
         return "json"
     if re.search(r"(^|_)(embeds?|latents?)(_|$)", name):
         return "tensor"
@@ -197,8 +211,8 @@ def _folders() -> dict[str, str]:
 
 
 @cache
-def _find_class(name: str) -> tuple[ast.ClassDef, str] | None:
-    """The definition of the class `name` and the text of its module."""
+def _find_class(name: str) -> ast.ClassDef | None:
+    """The definition of the exported class `name`."""
     root, folder = _root(), _folders().get(name)
     if root is None or folder is None:
         return None
@@ -207,24 +221,17 @@ def _find_class(name: str) -> tuple[ast.ClassDef, str] | None:
     for path in sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
         text = path.read_text(encoding="utf-8")
         if definition.search(text):
-            for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef) and node.name == name:
-                    return node, text
+            return next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == name)
     return None
 
 
-def _find_call(found: tuple[ast.ClassDef, str]) -> ast.FunctionDef | None:
-    """The class's own `__call__`, or the one it inherits from another pipeline."""
-    definition, text = found
+def _find_call(definition: ast.ClassDef) -> ast.FunctionDef | None:
+    """The class's own `__call__`, or the one it inherits from another exported pipeline."""
     for node in definition.body:
         if isinstance(node, ast.FunctionDef) and node.name == "__call__":
             return node
-    for base in definition.bases:
-        inherited = _find_class(base.id) if isinstance(base, ast.Name) else None
-        call = _find_call(inherited) if inherited else None
-        if call is not None:
-            return call
-    return None
+    bases = (_find_class(base.id) for base in definition.bases if isinstance(base, ast.Name))
+    return next((call for base in bases if base and (call := _find_call(base))), None)
 
 
 def _outputs(call: ast.FunctionDef) -> dict[str, Port]:

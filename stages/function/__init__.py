@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from omni.errors import Mistake
-from omni.registry import Port, Ports, StageKind
+from omni.registry import Ports, StageKind
 from omni.spec import FunctionSpec
 from stages.function.signature import FunctionFault, find_function
 
 
 def ports(spec: FunctionSpec, base_dir: str) -> Ports:
-    """Ports from the function's signature; any inputs, and what the graph declares, when it is broken (`check` tells).
-
-    Imports the user's module.
-    """
-    try:
-        return find_function(spec, base_dir).ports
-    except FunctionFault:
-        return Ports({}, {name: Port(kind) for name, kind in spec.outputs.items()}, open_inputs=True)
+    """Ports from the signature of a function without faults (`check`). Imports the user's module."""
+    return find_function(spec, base_dir).ports
 
 
 def check(spec: FunctionSpec, base_dir: str) -> list[Mistake]:

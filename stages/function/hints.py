@@ -19,6 +19,7 @@ CLASS_TYPES = {
     "omni.media.Video": "video",
     "omni.media.Audio": "audio",
     "torch.Tensor": "tensor",
+    "numpy.ndarray": "tensor",
     "builtins.bool": "json",
     "builtins.int": "json",
     "builtins.float": "json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import os
@@ -16,7 +17,8 @@ from typing import Any, Literal
 import msgspec
 
 from omni.errors import Mistake
-from omni.graph import base_type, nearest
+from omni.graph import nearest
+from omni.port_types import ALL_TYPES, base_type
 from omni.registry import Port, Ports
 from omni.spec import PORT_TYPES, FunctionSpec
 from stages.function.hints import MEDIA, fields_of, hint_type, hints_of
@@ -49,7 +51,10 @@ class Function(msgspec.Struct, frozen=True):
     ports: Ports
     returns: Literal["value", "fields", "nothing"]
     """What its result is: the value of the one output, an object with a field for each output, or not used."""
+    is_async: bool
     wants_seed: bool
+    needs_none: frozenset[str] = frozenset()
+    """Parameters without a default that take None when there is nothing for them."""
     positional: tuple[str, ...] = ()
     """Parameters that can only be given by position, in order."""
 
@@ -88,8 +93,19 @@ def find_function(spec: FunctionSpec, base_dir: str) -> Function:
     if open_inputs:
         inputs |= {name: Port(port_type) for name, port_type in spec.input_types.items() if name not in inputs}
     outputs, returns = _outputs(spec, hints.get("return", Any), "return" in hints)
-    positional = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY)
-    return Function(function, Ports(inputs, outputs, open_inputs), returns, wants_seed, positional)
+    return Function(
+        function=function,
+        ports=Ports(inputs, outputs, open_inputs),
+        returns=returns,
+        is_async=inspect.iscoroutinefunction(_annotated(function)),
+        wants_seed=wants_seed,
+        needs_none=frozenset(
+            name
+            for name, p in parameters.items()
+            if p.default is p.empty and name in inputs and not inputs[name].required
+        ),
+        positional=tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY),
+    )
 
 
 @contextlib.contextmanager
@@ -150,9 +166,11 @@ def _no_module(module_name: str, missing: str, base_dir: str) -> str:
 
 
 def _annotated(function: Callable[..., Any]) -> Any:
-    """The object that carries the hints: an instance's are those of its `__call__`."""
-    has_own = inspect.isroutine(function) or hasattr(function, "__wrapped__")
-    return function if has_own else type(function).__call__
+    """The plain function that carries the hints: below decorators, or the `__call__` of an object."""
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _check_names(spec: FunctionSpec, names: tuple[str, ...], open_inputs: bool) -> list[Mistake]:
@@ -171,20 +189,26 @@ def _check_names(spec: FunctionSpec, names: tuple[str, ...], open_inputs: bool) 
 
 def _check_types(spec: FunctionSpec) -> list[Mistake]:
     return [
-        Mistake(f"{key}.{name}", f"unknown type '{kind}'{nearest(kind, PORT_TYPES)}; allowed: T or list[T] of {allowed}")
+        Mistake(
+            f"{key}.{name}",
+            f"unknown type '{kind}'{nearest(kind, ALL_TYPES)} (allowed: {', '.join(PORT_TYPES)}, and list[T] of each)",
+        )
         for key in ("input_types", "outputs")
         for name, kind in getattr(spec, key).items()
-        if base_type(kind) not in PORT_TYPES
-        for allowed in [", ".join(PORT_TYPES)]
+        if kind not in ALL_TYPES
     ]
 
 
 def _input_port(spec: FunctionSpec, name: str, hint: Any, parameter: inspect.Parameter) -> Port:
     told = hint_type(Any if hint is None else hint)
     kind = spec.input_types.get(name, told.type)
-    many = told.many and name not in spec.input_types
+    many = kind == "json" or (told.many and name not in spec.input_types)
     required = parameter.default is parameter.empty and not told.optional
     return Port(kind, required=required, many=many, each=kind in MEDIA and not many)
+
+
+def _has_no_default(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _outputs(

@@ -11,16 +11,11 @@ from omni.spec import LlmSpec
 from omni.stage import Stage, StageContext, resolve_model_path
 from stages.llm.template import template_fields
 
-OUTPUTS = {"text": Port("text")}
-
 
 def ports(spec: LlmSpec, base_dir: str) -> Ports:
-    """One required text input for each name in the template; any name when the template is broken (`check` tells)."""
-    try:
-        fields = template_fields(spec.template)
-    except ValueError:
-        return Ports(inputs={}, outputs=OUTPUTS, open_inputs=True)
-    return Ports(inputs={name: Port("text", required=True) for name in fields}, outputs=OUTPUTS)
+    """One required text input for each name in a template without faults (`check`)."""
+    fields = template_fields(spec.template)
+    return Ports(inputs={name: Port("text", required=True) for name in fields}, outputs={"text": Port("text")})
 
 
 def check(spec: LlmSpec, base_dir: str) -> list[Mistake]:
@@ -31,7 +26,9 @@ def check(spec: LlmSpec, base_dir: str) -> list[Mistake]:
     except ValueError as error:
         mistakes.append(Mistake("template", str(error)))
     if not spec.template.strip():
-        mistakes.append(Mistake("template", "is empty; write the user message, for example \"{prompt}\""))
+        mistakes.append(Mistake("template", "is empty; write the user message, for example {prompt}"))
+    if "" in spec.sampling.stop:
+        mistakes.append(Mistake("sampling.stop", "holds an empty text, which would end every answer at once"))
     return mistakes + (_check_server(spec) if spec.engine == "openai" else _check_local(spec, base_dir))
 
 

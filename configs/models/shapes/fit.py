@@ -18,6 +18,7 @@ _KL_WEIGHT = 2e-4
 _EMPTY_PROMPT_RATE = 0.12
 """Part of the captions replaced by the empty prompt, which is what guidance is measured against."""
 _EMA_DECAY = 0.999
+_NUM_UNTIMED_STEPS = 20
 
 
 @dataclass
@@ -36,19 +37,22 @@ class Budget:
 
     def run(self, name: str, optimizer: torch.optim.Optimizer, peak: float) -> Iterator[dict]:
         """Yields a dict for the loop to put its losses into, sets the learning rate, and prints the progress."""
-        self.started = time.perf_counter()
-        every = max(self.num_steps // 20, 1)
+        shown = 0.0
         while (progress := self.progress()) < 1:
+            # The first steps compile; their seconds say nothing about the rest.
+            if self.step <= _NUM_UNTIMED_STEPS:
+                self.started = time.perf_counter()
             warm = min((self.step + 1) / min(300, self.num_steps), 1)
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
             losses: dict[str, Tensor] = {}
             yield losses
             self.step += 1
-            if self.step % every == 0 or self.step == 10:
-                shown = " ".join(f"{key} {value.detach().item():.5f}" for key, value in losses.items())
+            if progress >= shown:
+                shown += 0.04
+                values = " ".join(f"{key} {value.detach().item():.5f}" for key, value in losses.items())
                 elapsed = time.perf_counter() - self.started
-                print(f"{name}: step {self.step}, {progress:.0%}, {elapsed:.0f} s, {shown}", flush=True)
+                print(f"{name}: step {self.step}, {progress:.0%}, {elapsed:.0f} s, {values}", flush=True)
 
 
 def _precision(device: torch.device) -> torch.autocast:
@@ -75,25 +79,21 @@ def _pick(banks: dict[int, object], shares: Tensor, generator: torch.Generator) 
     return list(banks)[int(torch.multinomial(shares, 1, generator=generator))]
 
 
-def fit_vae(vae: AutoencoderKL, bank: SceneBank, device: torch.device, budget: Budget, compiled: bool) -> None:
+def fit_vae(vae: AutoencoderKL, bank: SceneBank, device: torch.device, budget: Budget) -> None:
     """Trains the autoencoder on pictures drawn on the fly; it ends with latents of mean 0 and deviation 1."""
     vae.to(device, memory_format=torch.channels_last).train()
     generator = torch.Generator(device).manual_seed(1)
     shapes, colours = bank.shapes.to(device), bank.colours.to(device)
     optimizer = _adamw([vae], device)
 
-    def compute_losses(pictures: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(pictures).latent_dist
-        restored = vae.decode(posterior.sample()).sample.float()
-        divergence = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        return F.l1_loss(restored, pictures) + F.mse_loss(restored, pictures), divergence
-
-    step = torch.compile(compute_losses, dynamic=False) if compiled else compute_losses
     for losses in budget.run("vae", optimizer, 1e-3):
         rows = torch.randint(len(shapes), (budget.batch_size,), device=device, generator=generator)
         pictures = paint(*jitter(shapes[rows], colours[rows], generator)).contiguous(memory_format=torch.channels_last)
         with _precision(device):
-            error, divergence = step(pictures)
+            posterior = vae.encode(pictures).latent_dist
+            restored = vae.decode(posterior.sample()).sample
+        error = F.l1_loss(restored.float(), pictures) + F.mse_loss(restored.float(), pictures)
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
         _update(optimizer, error + _KL_WEIGHT * divergence)
         losses |= {"error": error, "divergence": divergence}
     vae.eval()
@@ -152,7 +152,8 @@ def fit_painter(
     device = next(iter(latents.values())).device
     text_encoder, transformer = (model.to(device).train() for model in models)
     denoiser = BatchedDenoiser(transformer)
-    velocity = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+    if compiled:
+        denoiser.compile_blocks()
     token_ids = {length: bank.token_ids.to(device) for length, bank in banks.items()}
     num_tokens = {length: bank.num_tokens.to(device) for length, bank in banks.items()}
     empty = tokenizer(chat("")).input_ids
@@ -176,7 +177,7 @@ def fit_painter(
         noisy = torch.lerp(data, noise, level[:, None, None, None])
         with _precision(device):
             text = text_encoder(ids, output_hidden_states=True, use_cache=False).hidden_states[-2]
-            predicted = velocity(noisy, 1 - level, text, own)
+            predicted = denoiser(noisy, 1 - level, text, own)
         loss = F.mse_loss(predicted.float(), data - noise)
         _update(optimizer, loss)
         average.update(budget.step)

@@ -178,6 +178,12 @@ class BatchedDenoiser(nn.Module):
         for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
             block.attention.set_processor(_RealRotaryProcessor())
 
+    def compile_blocks(self) -> None:
+        """Fuses each block's kernels; blocks of one kind share the compiled code, which keeps the wait short."""
+        model = self.transformer
+        for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+            block.compile(dynamic=False)
+
     def _rotations(self, positions: Tensor) -> Tensor:
         """Cosines and sines at positions (tokens, 3) int: (tokens, head_dim / 2, 2) float32."""
         model, parts = self.transformer, []

@@ -25,9 +25,9 @@ from models import (
 )
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-_STEPS = {"tiny": (3, 3, 3), "full": (6000, 40000, 8000)}
-_BATCHES = {"tiny": (2, 4, 4), "full": (192, 512, 512)}
-_SAMPLES = {"tiny": (64, 64), "full": (600_000, 400_000)}
+_STEPS = {"tiny": (3, 3, 3), "full": (6000, 40_000, 6000)}
+_BATCHES = {"tiny": (2, 4, 4), "full": (96, 512, 512)}
+_SAMPLES = {"tiny": (64, 64), "full": (400_000, 400_000)}
 PARTS = ("vae", "painter", "captioner")
 
 
@@ -41,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to train (all)")
     parser.add_argument("--start-from", type=Path, help="folder of an earlier run: go on from its weights")
     parser.add_argument("--samples", type=int, help="scenes for the painter; the default goes with the scale")
-    parser.add_argument("--painter-lr", type=float, default=1.5e-3, help="the painter's highest learning rate")
+    parser.add_argument("--painter-lr", type=float, default=1e-3, help="the painter's highest learning rate")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make data; 0: this one")
     parser.add_argument("--compile", action="store_true", help="fuse kernels with torch.compile: faster on a GPU")
     parser.add_argument("--shift", type=float, default=1.0, help="the noise scheduler's shift (1)")
@@ -75,7 +75,7 @@ def train_painter(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         text_encoder = build_text_encoder(scale, len(tokenizer))
         transformer = build_transformer(scale)
     if "vae" in options.parts:
-        fit_vae(vae, banks[min(banks)], device, _budget(options, "vae"), options.compile)
+        fit_vae(vae, banks[min(banks)], device, _budget(options, "vae"))
     vae.to(device)
     latents = {length: encode_bank(vae, bank, device, options.seed + length) for length, bank in banks.items()}
     sample = next(iter(latents.values()))[:20_000].float()

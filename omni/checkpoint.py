@@ -1,0 +1,214 @@
+"""Sizes and dtypes of checkpoints, from safetensors headers alone: no weights are read, nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from omni.errors import UsageError
+from omni.graph import Graph
+from omni.registry import CheckpointRef, find_kind_of
+from omni.sizes import format_bytes
+from omni.stage import resolve_model_path
+
+MAX_HEADER_BYTES = 100_000_000
+"""The bound of the safetensors library itself."""
+STEMS = ("diffusion_pytorch_model", "model")
+"""How diffusers and transformers name weight files."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element, by the names of safetensors headers and of graph files."""
+
+
+class CheckpointFacts(msgspec.Struct, frozen=True):
+    """What safetensors headers say about a checkpoint. Nothing but headers is read."""
+
+    components: dict[str, int]
+    """Component (folder name, or `model`) -> bytes of its weights."""
+    dtypes: dict[str, int] = {}
+    """dtype name as in the header (`BF16`) -> bytes."""
+    known: bool = True
+    """False when the checkpoint is not on this machine yet."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.components.values())
+
+    def loaded_bytes(self, dtype: str = "auto") -> int:
+        """Bytes of all weights once loaded as `dtype`; `auto` keeps the checkpoint's own."""
+        size = _FLOAT_SIZES.get(dtype)
+        if size is None or not self.dtypes:
+            return self.total_bytes
+        return sum(
+            count * size // _FLOAT_SIZES[name] if name in _FLOAT_SIZES else count for name, count in self.dtypes.items()
+        )
+
+
+_T = TypeVar("_T")
+UNKNOWN = CheckpointFacts({}, known=False)
+
+
+class _Tensor(msgspec.Struct):
+    dtype: str
+    data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class _Missing(Exception):
+    """A file that the checkpoint names is not there."""
+
+
+def gather_facts(graph: Graph) -> dict[str, CheckpointFacts]:
+    """Stage -> facts, for every stage that has a checkpoint. Raises UsageError on a broken one."""
+    facts = {}
+    for name, spec in graph.spec.stages.items():
+        ref = find_kind_of(spec).checkpoint(spec)
+        if ref is not None:
+            try:
+                facts[name] = read_facts(ref, graph.base_dir)
+            except UsageError as error:
+                raise UsageError(f"stage '{name}': {error}") from error
+    return facts
+
+
+def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
+    """Read the headers of a folder (relative to `base_dir`) or of a hub checkpoint in the local cache.
+
+    A hub checkpoint that is not complete on this machine is unknown. Raises UsageError for a folder that is broken,
+    missing, or has pickled weights only.
+    """
+    resolved = resolve_model_path(ref.model, base_dir)
+    if os.path.isdir(resolved):
+        try:
+            return _read_folder(Path(resolved), ref.variant)
+        except _Missing as error:
+            raise UsageError(f"{error}: the checkpoint is incomplete, fetch it again") from error
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", ref.model):
+        raise UsageError(f"model '{ref.model}': no such folder in {os.path.abspath(base_dir)}, and no hub id either")
+    snapshot = _cached_snapshot(ref)
+    if snapshot is None:
+        return UNKNOWN
+    try:
+        return _read_folder(snapshot, ref.variant)
+    except _Missing:  # a download that was cut short
+        return UNKNOWN
+
+
+def _cached_snapshot(ref: CheckpointRef) -> Path | None:
+    """The folder of a hub checkpoint in the local cache, by the cache's documented layout.
+
+    The hub's own library is not asked: importing it takes longer than the rest of planning.
+    """
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
+    repo = cache.expanduser() / f"models--{ref.model.replace('/', '--')}"
+    revision = ref.revision or "main"
+    named = repo / "refs" / revision
+    commit = named.read_text().strip() if named.is_file() else revision
+    snapshot = repo / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
+    """Sizes of a diffusers pipeline (one component per subfolder) or of a single model."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        entries = _decode(index, dict[str, msgspec.Raw])
+        names = [name for name, raw in entries.items() if _is_component(bytes(raw))]
+        folders = {name: folder / name for name in names}
+    else:
+        folders = {"model": folder}
+    components: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    for name, place in folders.items():
+        if not place.is_dir():
+            raise _Missing(f"{place}: {index.name} names this folder, but it is not there")
+        for file in _weight_files(place, variant):
+            for dtype, size in _read_header(file).items():
+                components[name] = components.get(name, 0) + size
+                dtypes[dtype] = dtypes.get(dtype, 0) + size
+    if not components:
+        raise _Missing(f"{folder}: holds no safetensors weights")
+    return CheckpointFacts(components, dtypes)
+
+
+def _is_component(raw: bytes) -> bool:
+    """`["diffusers", "AutoencoderKL"]` is one; `[null, null]` is an optional one left out; the rest is settings."""
+    try:
+        library, name = msgspec.json.decode(raw, type=tuple[str | None, str | None])
+    except msgspec.ValidationError:
+        return False
+    return library is not None and name is not None
+
+
+def _weight_files(folder: Path, variant: str | None) -> Iterator[Path]:
+    """The files that hold a model's weights; none for a tokenizer or a noise scheduler."""
+    for chosen in dict.fromkeys((variant, None)):  # parts that lack the variant fall back to the plain files
+        middle = f".{chosen}" if chosen else ""
+        for stem in STEMS:
+            index = folder / f"{stem}.safetensors.index{middle}.json"
+            if index.is_file():
+                yield from _shards(index)
+                return
+            single = folder / f"{stem}{middle}.safetensors"
+            if single.is_file():
+                yield single
+                return
+    others = sorted(folder.glob("*.safetensors"))
+    yield from others
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if pickled and not others:
+        raise UsageError(
+            f"{folder / pickled[0]}: pickled weights can run code and are not loaded: convert them to safetensors "
+            "(load them once where you trust them and call save_pretrained)"
+        )
+
+
+def _shards(index: Path) -> list[Path]:
+    files = [index.parent / name for name in sorted(set(_decode(index, _Index).weight_map.values()))]
+    for file in files:
+        if file.parent != index.parent or file.name == "..":
+            raise UsageError(f"{index}: names a file outside its folder: {file}")
+        if not file.is_file():
+            raise _Missing(f"{file}: {index.name} names this file, but it is not there")
+    return files
+
+
+def _read_header(file: Path) -> dict[str, int]:
+    """dtype -> bytes of one safetensors file: 8 bytes of length, then that much JSON, then the data."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise UsageError(f"{file}: not a safetensors file, or cut short ({format_bytes(size)}): fetch it again")
+        text = stream.read(length)
+    try:
+        entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        tensors = [msgspec.json.decode(raw, type=_Tensor) for name, raw in entries.items() if name != "__metadata__"]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: its safetensors header is broken ({error}): fetch it again") from error
+    dtypes: dict[str, int] = {}
+    for tensor in tensors:
+        start, end = tensor.data_offsets
+        if not 0 <= start <= end <= size - 8 - length:
+            raise UsageError(
+                f"{file}: cut short, its header promises {format_bytes(max(end, 0))} of data: fetch it again"
+            )
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + end - start
+    return dtypes
+
+
+def _decode(file: Path, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not the JSON that belongs there ({error}): fetch it again") from error

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM: the first stops in order, the second at once; a stop that hangs is cut short."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Coroutine
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130
+STOP_SECONDS = 8.0
+"""How long an orderly stop may take: a thread that loads a model cannot be stopped otherwise."""
+
+
+class Interrupts:
+    """Turns the signals into a cancelled task while one is guarded, into KeyboardInterrupt before and after."""
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._count = 0
+
+    def install(self) -> None:
+        """Take over the signals; again, when a library has taken them since. Only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                previous = signal.signal(number, self._handle)
+                self._previous.setdefault(number, previous)
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`; the first signal cancels it."""
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        try:
+            return await work
+        finally:
+            self._task = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            os._exit(INTERRUPTED)
+        if self._task is None or self._loop is None:
+            raise KeyboardInterrupt
+        print("stopping; press Ctrl-C again to quit at once", file=sys.stderr)
+        timer = threading.Timer(STOP_SECONDS, os._exit, (INTERRUPTED,))
+        timer.daemon = True
+        timer.start()
+        self._loop.call_soon_threadsafe(self._task.cancel)

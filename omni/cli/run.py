@@ -1,0 +1,90 @@
+"""Run a graph and write its outputs.
+
+GRAPH is a YAML file, or a PNG that `omni run` wrote: the picture is made again from the graph, inputs and seed in its
+metadata, with --set, --prompt, --input and --seed on top. Text and file names go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omni.cli.requests import Job
+
+RUNNERS = ("auto", "inline", "ray")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `omni run`."""
+    parser.add_argument("graph", metavar="GRAPH", help="a graph file, or a PNG written by omni run")
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("--prompt", metavar="TEXT", help="what to make; short for --input prompt=TEXT")
+    inputs.add_argument(
+        "--input",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an input of the graph: text, JSON, or a file for pictures, clips, sounds and tensors; "
+        "given again for the same name, the values make a list",
+    )
+    inputs.add_argument("--prompts", metavar="FILE", help="one prompt per line (- is stdin; blank lines and # are skipped)")
+    inputs.add_argument("--seed", metavar="N", type=int, help="makes the run repeatable; drawn at random when left out")
+    inputs.add_argument("--n", metavar="N", type=int, default=1, help="runs per prompt, with seeds SEED, SEED+1, ...")
+    inputs.add_argument("--trust", action="store_true", help="run a picture whose graph names code or keys of its own")
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="where to write (the suffix decides the format), or a folder; an existing file is replaced; "
+        "left out: GRAPH-001.png and so on, never an existing name",
+    )
+    outputs.add_argument("--events", action="store_true", help="print every event as one line of JSON on stdout")
+    outputs.add_argument("--quiet", "-q", action="store_true", help="no progress and no table")
+    how = parser.add_argument_group("how to run")
+    how.add_argument(
+        "--set", metavar="PATH=VALUE", action="append", default=[], help="change the graph: stages.draw.call.height=512"
+    )
+    how.add_argument("--runner", choices=RUNNERS, default="auto", help="override the planner's choice")
+    how.add_argument("--hardware", metavar="NAME", help="plan for a preset or inventory file instead of this machine")
+    how.add_argument("--address", metavar="ADDRESS", help="an existing Ray cluster (or set RAY_ADDRESS)")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Run; the exit code is 1 when a request failed."""
+    import asyncio
+
+    from omni.cli.interrupt import Interrupts
+    from omni.cli.progress import open_view
+    from omni.cli.requests import prepare
+
+    with Interrupts() as interrupts, open_view(args.quiet, sys.stderr) as view:
+        job = prepare(args, view)
+        if job.omni.plan.runner == "ray":
+            import ray  # noqa: F401  (it takes over SIGTERM when it is imported, so that comes first)
+
+            interrupts.install()
+        try:
+            outcomes = asyncio.run(interrupts.guard(job.run()))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+    return _report(args, job, outcomes)
+
+
+def _report(args: argparse.Namespace, job: Job, outcomes: list[Outcome]) -> int:
+    """Print texts, paths, failures and the table."""
+    from omni.cli.summary import print_table
+
+    for outcome in outcomes:
+        if not args.events:
+            for line in (*outcome.texts, *outcome.files):
+                print(line)
+        if outcome.error is not None:
+            print(f"omni run: {outcome.label}{outcome.error}", file=sys.stderr)
+            if args.verbose and outcome.error_details:
+                print(outcome.error_details, file=sys.stderr)
+    if not args.quiet:
+        print_table(outcomes, sys.stderr)
+    return 1 if any(outcome.error for outcome in outcomes) else 0

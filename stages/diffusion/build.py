@@ -1,0 +1,143 @@
+"""Builds a diffusion stage's pipeline: one function of numbered steps, the only place that knows all policies."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import msgspec
+import torch
+import transformers
+
+from omni.checkpoint import read_facts
+from omni.errors import StageSetupError
+from omni.messages import LoadProgress
+from omni.registry import CheckpointRef
+from omni.spec import DiffusionSpec
+from omni.stage import Report, StageContext
+from stages.diffusion.check import call_mistakes
+from stages.diffusion.checkpoint import (
+    absent_components,
+    checkpoint_mistakes,
+    components,
+    find_folder,
+    has_variant,
+    pipeline_name,
+    read_index,
+)
+from stages.diffusion.denoiser import Seam, find_denoisers
+from stages.diffusion.faults import setup_faults
+from stages.diffusion.signature import Signature, signature_of
+
+
+class Built(msgspec.Struct, frozen=True):
+    """A pipeline that is ready for calls."""
+
+    pipeline: Any
+    """Never called itself: every request forks it."""
+    signature: Signature
+    seams: tuple[Seam, ...]
+    device: str
+    dtype: torch.dtype
+
+
+def build_pipeline(context: StageContext, report: Report) -> Built:
+    """Load the pipeline that `context.spec` names and make it ready.
+
+    Raises StageSetupError with the cause and the remedy.
+    """
+    spec, stage, device = context.spec, context.name, context.device
+    assert isinstance(spec, DiffusionSpec)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise StageSetupError(stage, f"torch sees no GPU, and the stage wants '{device}'", "set device: cpu")
+    if context.num_threads:
+        torch.set_num_threads(context.num_threads)
+    with setup_faults(stage, spec.model, device):
+        # 1. The checkpoint's folder, downloaded when it is a hub id that is not here yet
+        folder = _folder(spec, context)
+        # 2. The class and the dtype
+        pipeline_class = _pipeline_class(spec, folder)
+        dtype = choose_dtype(spec, device)
+        sizes = read_facts(CheckpointRef(str(folder), variant=spec.variant), context.base_dir).components
+        # 3. The components one by one, then the pipeline around them
+        loaded = dict(_load_components(context, pipeline_class, folder, sizes, dtype, report))
+        absent = dict.fromkeys(absent_components(read_index(folder)))  # a pipeline may do without: embeddings come in
+        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **absent, **loaded)
+        # 4. Onto the device, ready for inference
+        pipeline.to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+    # 5. The call, now that the class is known for sure
+    signature = signature_of(type(pipeline))
+    if mistakes := call_mistakes(spec.call, signature):
+        raise StageSetupError(stage, "; ".join(map(str, mistakes)), f"change stages.{stage}.call")
+    # 6. The seam in each denoiser's forward
+    seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
+    total = sum(sizes.values())
+    report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
+    return Built(pipeline, signature, seams, device, dtype)
+
+
+def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
+    """The spec's dtype; `auto` is bfloat16 on a GPU and float32 on a CPU, whose bfloat16 convolutions are slow."""
+    name = spec.dtype if spec.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _folder(spec: DiffusionSpec, context: StageContext) -> Path:
+    folder = find_folder(spec, context.base_dir)
+    if mistakes := checkpoint_mistakes(spec, context.base_dir, folder):
+        raise StageSetupError(context.name, "; ".join(str(m) for m in mistakes), f"change stages.{context.name}.model")
+    if folder is not None:
+        return folder
+    return Path(diffusers.DiffusionPipeline.download(spec.model, revision=spec.revision, **_load_options(spec)))
+
+
+def _pipeline_class(spec: DiffusionSpec, folder: Path) -> Any:
+    """The diffusers class; DiffusionPipeline itself, which finds custom code, when diffusers has none of that name."""
+    return getattr(diffusers, pipeline_name(spec, folder) or "", diffusers.DiffusionPipeline)
+
+
+def _load_options(spec: DiffusionSpec) -> dict[str, Any]:
+    options: dict[str, Any] = {"use_safetensors": True, "variant": spec.variant}
+    return {**options, "trust_remote_code": True} if spec.trust_remote_code else options
+
+
+def _load_components(
+    context: StageContext,
+    pipeline_class: Any,
+    folder: Path,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    report: Report,
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The models of diffusers and transformers that the pipeline takes, each reported when it is there.
+
+    The rest (tokenizers, noise schedulers, models of the pipeline's own module) loads with the pipeline.
+    `sizes` holds the bytes of each component's weights.
+    """
+    spec = context.spec
+    assert isinstance(spec, DiffusionSpec)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    wanted = inspect.signature(pipeline_class.__init__).parameters
+    total, done = sum(sizes.values()), 0
+    for name, (library, class_name) in components(read_index(folder)).items():
+        if library not in ("diffusers", "transformers") or name not in sizes or name not in wanted:
+            continue
+        model_class = getattr(importlib.import_module(library), class_name, None)
+        if model_class is None:
+            continue
+        report(LoadProgress(stage=context.name, component=name, done_bytes=done, total_bytes=total))
+        variant = {"variant": spec.variant} if has_variant(folder / name, spec.variant) else {}
+        yield name, model_class.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, **variant)
+        done += sizes[name]
+        report(LoadProgress(stage=context.name, component=name, done_bytes=done, total_bytes=total))

@@ -1,0 +1,127 @@
+"""The seam: the denoiser's forward, where Omni meets a stock pipeline once or twice a denoise step.
+
+Each request runs the pipeline's own `__call__` in its own thread, on its own fork of the pipeline, as a `DenoiseRun`.
+The denoiser modules are shared; the seam in their forward finds the run that is calling and acts for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.guiders.guider_utils import BaseGuidance
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from omni.errors import RequestAborted
+from omni.messages import Progress
+
+DENOISER_NAMES = ("transformer", "unet")
+DENOISER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
+
+_current: ContextVar[DenoiseRun | None] = ContextVar("current denoise run", default=None)
+
+
+class DenoiseRun:
+    """One request's way through its pipeline: stops it when asked, reports its denoise steps."""
+
+    def __init__(self, request_id: str, stop: threading.Event, report: Callable[[Progress], None]) -> None:
+        self.request_id = request_id
+        self._stop = stop
+        self._report = report
+        self._step = 0
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Calls of a denoiser from this thread belong to this run."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def fork(self, pipeline: Any) -> Any:
+        """A copy of `pipeline` that shares its modules, with noise schedulers and guiders of its own.
+
+        Pipelines keep a call's parameters on themselves and their loop state on the noise scheduler, so two requests
+        must share neither. Pipelines inside the pipeline (combined ones) are forked too.
+        """
+        own = copy.copy(pipeline)
+        for name, value in list(vars(own).items()):
+            if isinstance(value, (SchedulerMixin, BaseGuidance)):
+                vars(own)[name] = copy.deepcopy(value)
+            elif isinstance(value, DiffusionPipeline):
+                vars(own)[name] = self.fork(value)
+        vars(own)["progress_bar"] = self.step_bar
+        return own
+
+    def step_bar(self, iterable: Any = None, total: int | None = None, **_: Any) -> StepBar:
+        """What the fork takes for its progress bar: the pipeline's own count of its denoise steps."""
+        return StepBar(self, iterable, total)
+
+    def raise_if_aborted(self) -> None:
+        """Raise RequestAborted when the request was aborted."""
+        if self._stop.is_set():
+            raise RequestAborted(self.request_id)
+
+    def finish_step(self, steps_left: int) -> None:
+        """Report one more denoise step; `steps_left` follow in this loop (a pipeline may have several loops)."""
+        self._step += 1
+        self._report(Progress(step=self._step, num_steps=self._step + steps_left, unit="denoise step"))
+        self.raise_if_aborted()
+
+
+class StepBar(tqdm):  # type: ignore[misc]
+    """A progress bar that shows nothing and tells a run about each finished step."""
+
+    def __init__(self, run: DenoiseRun, iterable: Any, total: int | None) -> None:
+        super().__init__(iterable, total=total, disable=True)
+        self._run = run
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """`n` more steps are done."""
+        for _ in range(int(n or 0)):
+            self.n += 1
+            self._run.finish_step(max(0, int(self.total or 0) - self.n))
+        return None
+
+
+class Seam:
+    """Stands in the place of one denoiser's forward. What works per call or across requests is plugged in here."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        self._denoiser = denoiser
+        self._forward = denoiser.forward
+        functools.update_wrapper(self, denoiser.forward)  # pipelines read the forward's signature
+        denoiser.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = _current.get()
+        if run is not None:
+            run.raise_if_aborted()
+        return self._forward(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the denoiser its own forward back."""
+        del self._denoiser.forward
+
+
+def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The components of `pipeline` that run in every denoise step: its transformers and UNets."""
+    return {
+        name: component
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module)
+        and (name.startswith(DENOISER_NAMES) or type(component).__module__.startswith(DENOISER_PACKAGES))
+    }

@@ -1,0 +1,236 @@
+"""The LLM stage for `engine: transformers`: loads the model once, streams text for many requests at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import jinja2
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from omni.errors import RequestAborted, StageError, StageSetupError
+from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
+from omni.spec import LlmSpec
+from omni.stage import Report, Stage, StageCall, StageContext, resolve_model_path
+from stages.llm.prompt import build_messages
+from stages.llm.reading import TextReader
+from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
+
+log = logging.getLogger(__name__)
+
+LOAD_FAULTS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+BATCH_FAULTS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers raises for a model that it cannot load, or cannot batch."""
+PROBE_SECONDS = 120.0
+ALIVE_SECONDS = 5.0
+"""How often a waiting request looks whether its source of tokens is still there."""
+
+
+class LlmStage(Stage):
+    """A causal language model in this process."""
+
+    def __init__(self, context: StageContext) -> None:
+        super().__init__(context)
+        assert isinstance(context.spec, LlmSpec)
+        self._spec = context.spec
+        self._runs: dict[str, asyncio.Queue[Update]] = {}
+        self._keys = itertools.count()
+        self._one_by_one: OneByOne | None = None
+        self._batch: ContinuousBatch | None = None
+
+    async def setup(self, report: Report) -> None:
+        self._model, self._tokenizer = await asyncio.to_thread(self._load, report)
+        self._ends = self._set_defaults()
+        self._max_tokens = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._one_by_one = OneByOne(self._model, self._spec.sampling)
+        self._batch = await self._start_batch()
+
+    async def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
+        prompt = self._prompt_ids(call)
+        num_tokens = self._room(len(prompt))
+        source = self._source_for(len(prompt) + num_tokens)
+        reader = TextReader(self._decode, self._spec.sampling.stop)
+        key = f"{call.request_id}/{next(self._keys)}"
+        self._runs[call.request_id] = updates = asyncio.Queue()
+        source.submit(key, prompt, num_tokens, call.seed, updates.put_nowait)
+        step = 0
+        try:
+            while not reader.stopped:
+                update = await self._next(updates, source)
+                if update.error is not None:
+                    raise self._failure(update.error, call)
+                if not step and not update.tokens:
+                    yield Started()
+                for token in update.tokens:
+                    step += 1
+                    yield Progress(step=step, num_steps=num_tokens, unit="token")
+                    text = reader.push([token]) if token not in self._ends else ""
+                    if text:
+                        yield TextDelta(text=text)
+                    if reader.stopped:
+                        break
+                if update.finished:
+                    break
+        finally:
+            source.cancel(key)
+            self._runs.pop(call.request_id, None)
+        rest = reader.finish()
+        if rest:
+            yield TextDelta(text=rest)
+        yield Output(payload={"text": reader.text})
+
+    async def abort(self, request_id: str) -> None:
+        updates = self._runs.get(request_id)
+        if updates is not None:
+            updates.put_nowait(Update(error=RequestAborted(request_id)))
+
+    async def teardown(self) -> None:
+        for source in (self._batch, self._one_by_one):
+            if source is not None:
+                await asyncio.to_thread(source.stop)
+        self._batch = self._one_by_one = None
+        self._model = self._tokenizer = None
+        gc.collect()
+        if self.context.device != "cpu":
+            torch.cuda.empty_cache()
+
+    # Loading ------------------------------------------------------------------------------------------------------
+
+    def _load(self, report: Report) -> tuple[Any, Any]:
+        spec, context = self._spec, self.context
+        on_cpu = context.device == "cpu"
+        if on_cpu and context.num_threads:
+            torch.set_num_threads(context.num_threads)
+        model = resolve_model_path(spec.model, context.base_dir)
+        total = _weight_bytes(model)
+        report(LoadProgress(stage=context.name, component="model", done_bytes=0, total_bytes=total))
+        transformers_logging.disable_progress_bar()
+        dtype = ("float32" if on_cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype
+        options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, use_safetensors=True, dtype=dtype, device_map={"": context.device}, **options
+            )
+        except LOAD_FAULTS as error:
+            raise StageSetupError(
+                context.name,
+                f"cannot load '{spec.model}' ({type(error).__name__}): {str(error).strip().splitlines()[0]}",
+                "model must be a folder or a hub id of a causal language model with safetensors weights; a hub id "
+                "needs the network or a filled cache",
+                details=str(error),
+            ) from error
+        report(LoadProgress(stage=context.name, component="model", done_bytes=total, total_bytes=total, state="ready"))
+        return loaded.eval(), tokenizer
+
+    def _set_defaults(self) -> frozenset[int]:
+        """Leave nothing but the special tokens of the model's own generation settings; returns those that end it."""
+        own = self._model.generation_config
+        ends = next(
+            (end for end in (own.eos_token_id, self._tokenizer.eos_token_id) if end is not None and end != []), []
+        )
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        pad = next((pad for pad in (own.pad_token_id, self._tokenizer.pad_token_id, *ends) if pad is not None), 0)
+        self._model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=ends or None, pad_token_id=pad, do_sample=False
+        )
+        return frozenset(ends)
+
+    async def _start_batch(self) -> ContinuousBatch | None:
+        """The continuous batch, if a first token comes out of it; else None, and requests run one after another."""
+        if self._model.config._attn_implementation != "sdpa":
+            return None  # the batch would switch the whole model to another attention, and the other source needs it
+        batch = None
+        try:
+            batch = ContinuousBatch(self._model, self._spec.sampling)
+            updates: asyncio.Queue[Update] = asyncio.Queue()
+            batch.submit("probe", [self._model.generation_config.pad_token_id], 1, 0, updates.put_nowait)
+            async with asyncio.timeout(PROBE_SECONDS):
+                while not (update := await self._next(updates, batch)).finished:
+                    pass
+            if update.error is not None:
+                raise update.error
+        except (*BATCH_FAULTS, StageError) as error:
+            log.warning("stage '%s': requests run one after another, no batching: %s", self.context.name, error)
+            if batch is not None:
+                await asyncio.to_thread(batch.stop)
+            return None
+        return batch
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    def _source_for(self, num_tokens: int) -> TokenSource:
+        assert self._one_by_one is not None, "run after setup"
+        fits = self._batch is not None and num_tokens <= self._batch.max_tokens
+        return self._batch if fits and self._batch is not None else self._one_by_one
+
+    def _prompt_ids(self, call: StageCall) -> list[int]:
+        messages = build_messages(self._spec, call.inputs, self.context.name)
+        if not self._tokenizer.chat_template:
+            text = "\n\n".join(message["content"] for message in messages)
+            ids: list[int] = self._tokenizer(text).input_ids
+        else:
+            try:
+                ids = self._tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    sanitize_control_tokens=True,
+                    enable_thinking=False,  # Qwen's templates: the answer is wanted, and max_new_tokens is for it
+                )
+            except jinja2.TemplateError as error:
+                raise StageError(
+                    self.context.name,
+                    f"the model's chat template refuses the messages: {error}",
+                    "leave `system` out and say it in `template`",
+                ) from error
+        if not ids:
+            raise StageError(self.context.name, "the prompt has no tokens", "write more into `template`")
+        return ids
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        """New tokens that may be made after the prompt."""
+        wanted = self._spec.sampling.max_new_tokens
+        room = wanted if self._max_tokens is None else self._max_tokens - num_prompt_tokens
+        if room < 1:
+            raise StageError(
+                self.context.name,
+                f"the prompt has {num_prompt_tokens} tokens, but prompt and answer may have {self._max_tokens} together",
+                "shorten the inputs or the template",
+            )
+        return min(wanted, room)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    async def _next(self, updates: asyncio.Queue[Update], source: TokenSource) -> Update:
+        while True:
+            try:
+                async with asyncio.timeout(ALIVE_SECONDS):
+                    return await updates.get()
+            except TimeoutError:
+                if not source.is_alive():
+                    raise StageError(self.context.name, "the model's worker thread has died", "restart Omni") from None
+
+    def _failure(self, error: BaseException, call: StageCall) -> BaseException:
+        if isinstance(error, RequestAborted):
+            return error
+        no_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        remedy = "lower sampling.max_new_tokens, shorten the prompt, or use a smaller model" if no_memory else ""
+        return StageError(self.context.name, f"{type(error).__name__}: {error}", remedy)
+
+
+def _weight_bytes(model: str) -> int:
+    """Bytes of the weights in a folder, 0 for a hub id."""
+    if not os.path.isdir(model):
+        return 0
+    with os.scandir(model) as entries:
+        return sum(entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors"))
