@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 .PHONY: help demo test check format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /make \1|/' | column -t -s '|'
+	@awk -F ':.*## +' '/^[a-z]+:.*##/ {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED)  ## draw demo.png: an LLM rewrites a prompt, a diffusion model draws it, on two Ray actors
 	$(BIN)/omni run configs/demo.yaml --prompt "flag of japan" --seed 7 --output demo.png
@@ -26,7 +26,7 @@ test: $(INSTALLED)  ## run the whole test suite, without the tests that need a G
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 check: $(INSTALLED)  ## lint, format, types, architecture and style
-	$(BIN)/ruff check
+	$(BIN)/ruff check --output-format concise
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py tests/test_style.py

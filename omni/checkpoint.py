@@ -94,7 +94,7 @@ def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
             raise UsageError(f"{error}: the checkpoint is incomplete, fetch it again") from error
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", ref.model):
         raise UsageError(f"model '{ref.model}': no such folder in {os.path.abspath(base_dir)}, and no hub id either")
-    snapshot = _cached_snapshot(ref)
+    snapshot = cached_snapshot(ref.model, ref.revision)
     if snapshot is None:
         return UNKNOWN
     try:
@@ -103,17 +103,16 @@ def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
         return UNKNOWN
 
 
-def _cached_snapshot(ref: CheckpointRef) -> Path | None:
-    """The folder of a hub checkpoint in the local cache, by the cache's documented layout.
+def cached_snapshot(model: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub checkpoint in the local cache, by the cache's documented layout; None when not there.
 
     The hub's own library is not asked: importing it takes longer than the rest of planning.
     """
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    repo = cache.expanduser() / f"models--{ref.model.replace('/', '--')}"
-    revision = ref.revision or "main"
-    named = repo / "refs" / revision
-    commit = named.read_text().strip() if named.is_file() else revision
+    repo = cache.expanduser() / f"models--{model.replace('/', '--')}"
+    named = repo / "refs" / (revision or "main")
+    commit = named.read_text().strip() if named.is_file() else named.name
     snapshot = repo / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None
 

@@ -64,7 +64,7 @@ class _Picture:
             for index, item in enumerate(layer):
                 self.boxes[item] = (x, top + index * pitch + BOX_HEIGHT / 2, width)
             x += width + channel
-        legend = MARGIN * 2 + sum(34 + CHAR_WIDTH * len(name) for name in self.colours)
+        legend = MARGIN * 2 + sum(34 + CHAR_WIDTH * len(self.legend_text(name)) for name in self.colours)
         return max(x - channel + MARGIN, legend), TOP + height + MARGIN
 
     def draw(self) -> str:
@@ -88,12 +88,15 @@ class _Picture:
     def legend(self) -> list[str]:
         parts, x = [], float(MARGIN)
         for name, colour in self.colours.items():
-            kind = self.plan.process(name).kind
-            text = name if kind == "driver" else f"{name} ({kind})"
+            text = self.legend_text(name)
             parts.append(f'<circle cx="{x + 6:.1f}" cy="28" r="6" fill="{colour}"/>')
             parts.append(f'<text class="small" x="{x + 18:.1f}" y="32">{_text(text)}</text>')
             x += 34 + CHAR_WIDTH * len(text)
         return parts
+
+    def legend_text(self, process: str) -> str:
+        kind = self.plan.process(process).kind
+        return process if kind == "driver" else f"{process} ({kind})"
 
     def box(self, item: Item) -> str:
         x, y, width = self.boxes[item]

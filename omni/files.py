@@ -178,7 +178,7 @@ def write_output(value: Any, path: str | Path, *, metadata: str = "", sound: Aud
         "audio": lambda part: _write_wav(value, part),
         "tensor": lambda part: _write_tensor(value, part),
         "text": lambda part: _write_text(value if value.endswith("\n") else f"{value}\n", part),
-        "json": lambda part: _write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", part),
+        "json": lambda part: _write_text(json.dumps(value, indent=2, ensure_ascii=False, default=repr) + "\n", part),
     }
     with _whole_file(path) as part:
         writers[kind](part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import uuid
@@ -44,19 +45,25 @@ def build_request(
     return Request(id=request_id or uuid.uuid4().hex[:12], inputs=values, seed=seed)
 
 
-def parse_field(graph: Graph, name: str, text: str) -> Any:
-    """The value of a field given as text on a command line: text stays, JSON is parsed, media are files to open."""
-    kind = base_type(graph.inputs[name].type) if name in graph.inputs else "text"
-    if kind in ("text", "any"):
-        return text
-    if kind == "json":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
-    from omni.files import read_media
+def is_media(graph: Graph, name: str) -> bool:
+    """Whether a field comes from a file: pictures, clips, sounds and tensors."""
+    return name in graph.inputs and base_type(graph.inputs[name].type) in ("image", "video", "audio", "tensor")
 
-    return read_media(text, kind)
+
+def parse_field(graph: Graph, name: str, text: str) -> Any:
+    """The value of a field given as text on a command line: text stays, JSON is parsed, media are files to open.
+
+    For the types `json` and `any`, what is no JSON is text. Raises InputError for a file that cannot be read.
+    """
+    kind = base_type(graph.inputs[name].type) if name in graph.inputs else "text"
+    if is_media(graph, name):
+        from omni.files import read_media
+
+        return read_media(text, kind)
+    if kind in ("json", "any"):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text)
+    return text
 
 
 def _required_fields(graph: Graph) -> dict[str, str]:

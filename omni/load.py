@@ -122,7 +122,7 @@ class _Converter:
     def wrong(self, value: Value, wanted: Any, path: str) -> _Bad:
         info = inspect.type_info(wanted)
         near = nearest(value.content, _choices(info)) if isinstance(value.content, str) else ""
-        self.notes.add(value.place, path, f"expected {_words(info)}, got {show(value.content)}{near}")
+        self.notes.add(value.place, path, f"expected {type_words(info)}, got {show(value.content)}{near}")
         return _BAD
 
     def stage(self, value: Value, path: str) -> Any:
@@ -229,12 +229,12 @@ def _choices(info: inspect.Type) -> list[str]:
     return []
 
 
-def _words(info: inspect.Type) -> str:
-    """A type in the words of someone who writes YAML."""
+def type_words(info: inspect.Type) -> str:
+    """A type in the words of those who write YAML."""
     match info:
         case inspect.Metadata():
             told = (info.extra_json_schema or {}).get("description")
-            return str(told) if told else _words(info.type)
+            return str(told) if told else type_words(info.type)
         case inspect.StrType():
             return f"text matching {info.pattern}" if info.pattern else "text"
         case inspect.IntType() | inspect.FloatType():
@@ -249,9 +249,9 @@ def _words(info: inspect.Type) -> str:
         case inspect.LiteralType():
             return f"one of {', '.join(str(value) for value in info.values)}"
         case inspect.ListType() | inspect.VarTupleType() | inspect.SetType():
-            return f"a list of {_words(info.item_type).removeprefix('a ')}"
+            return f"a list of {type_words(info.item_type).removeprefix('a ')}"
         case inspect.DictType() | inspect.StructType():
             return "a mapping"
         case inspect.UnionType():
-            return " or ".join(_words(member) for member in info.types if not isinstance(member, inspect.NoneType))
-    return "another value"
+            return " or ".join(type_words(member) for member in info.types if not isinstance(member, inspect.NoneType))
+    return "any value"

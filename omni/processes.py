@@ -112,6 +112,7 @@ def choose_homes(graph: Graph, wants: dict[str, Want], runner: str) -> dict[str,
     for name in graph.order:
         producers = [edge for edge in graph.edges() if edge.target_stage == name and edge.source.stage in homes]
         if name not in homes and producers:
+            producers.sort(key=lambda edge: graph.order.index(edge.source.stage))  # `max` keeps the first of equals
             source = max(producers, key=lambda edge: _payload_rank(graph, edge)).source.stage
             homes[name] = Home(homes[source].process, f"rides with '{source}', whose payload it reads")
     for name in reversed(graph.order):
@@ -128,7 +129,7 @@ def _ride_with_reader(graph: Graph, name: str, homes: dict[str, Home]) -> Home:
 
 
 def _payload_rank(graph: Graph, edge: Edge) -> int:
-    """How large a payload of this port type tends to be; `max` keeps the first of equals."""
+    """How large a payload of this port type tends to be."""
     port = graph.ports[edge.source.stage].outputs.get(edge.source.port)
     return _PAYLOAD_RANKS.get(base_type(port.type), 1) if port else 1
 

@@ -43,7 +43,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
 
 
-def encode(recipe: Recipe) -> str:
+def encode_recipe(recipe: Recipe) -> str:
     """The recipe as the text of a PNG's chunk."""
     return msgspec.json.encode(recipe).decode()
 
@@ -77,9 +77,9 @@ def digest_file(path: str) -> str:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def check_files(recipe: Recipe) -> None:
-    """Raise UsageError when an input file is gone or has changed."""
-    for name, files in recipe.files.items():
+def check_files(files_of: dict[str, list[SourceFile]]) -> None:
+    """Raise UsageError when an input file (by the name of its input) is gone or has changed."""
+    for name, files in files_of.items():
         for file in files:
             if digest_file(file.path) != file.sha256:
                 raise UsageError(

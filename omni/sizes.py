@@ -14,7 +14,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 def parse_bytes(text: str | int) -> int:
     """`24GiB`, `512 GB`, `1.5TiB` or a plain number of bytes. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match.group(2).lower() if match else None
     if match is None or unit not in _UNITS:
         raise UsageError(f"{text!r} is not a size; write a number and a unit, such as 24GiB, 512GB or 1.5TiB")

@@ -61,7 +61,7 @@ class StageSpec(Spec, frozen=True, kw_only=True, tag_field="kind"):
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="one of auto, cpu, cuda, cuda:N")]
 
 
 class SamplingSpec(Spec, frozen=True, kw_only=True):
@@ -119,7 +119,7 @@ class DiffusionSpec(StageSpec, frozen=True, kw_only=True, tag="diffusion"):
 class FunctionSpec(StageSpec, frozen=True, kw_only=True, tag="function"):
     """The user's own Python function, sync or async; ports come from its type hints or from here."""
 
-    call: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    call: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="package.module:callable as text")]
     """package.module:callable"""
     arguments: dict[str, Any] = {}
     """Constant arguments."""

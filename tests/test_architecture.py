@@ -21,6 +21,7 @@ LAYERS = (
     ("omni.transport",),
     (
         "omni.draw",
+        "omni.draw_svg",
         "omni.plan",
         "omni.placement",
         "omni.processes",
@@ -29,7 +30,7 @@ LAYERS = (
         "omni.flow",
         "omni.stage",
     ),
-    ("omni.load", "omni.document", "omni.graph", "omni.port_types", "omni.registry"),
+    ("omni.load", "omni.schema", "omni.document", "omni.tree", "omni.graph", "omni.port_types", "omni.registry"),
     ("omni.spec",),
     ("omni.messages", "omni.media", "omni.sizes"),
     ("omni.errors",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import omni
+from omni.cli.main import COMMANDS
+from omni.load import load_graph
 
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "_pytest": "pytest"}
 """Import name -> distribution, where they differ."""
@@ -151,3 +155,75 @@ def test_version_is_the_distribution_s(project: dict[str, Any]) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'omni' has no attribute 'Omnia'"):
         _ = omni.Omnia
+
+
+def run_make(root: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make on a copy of the Makefile in an empty folder."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copyfile(root / name, folder / name)
+    outer = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")  # set when make runs this test
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_make_alone_lists_the_targets(root: Path, tmp_path: Path) -> None:
+    done = run_make(root, tmp_path)
+    assert re.findall(r"^make ([a-z]+) ", done.stdout, re.MULTILINE) == [
+        "help",
+        "demo",
+        "test",
+        "check",
+        "format",
+        "clean",
+    ]
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("python", ["", "no-such-python", "false"])
+def test_make_without_a_fitting_python_says_what_to_do(root: Path, tmp_path: Path, python: str) -> None:
+    done = run_make(root, tmp_path, "test", f"PYTHON={python}")
+    assert done.returncode == 2
+    assert "omni needs Python >= 3.11 with the modules venv and ensurepip" in done.stderr
+    assert "make PYTHON=/path/to/python" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def readme_blocks(root: Path, language: str) -> list[str]:
+    """The README's code blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (root / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_readme_graphs_are_valid(root: Path) -> None:
+    graphs = [load_graph(yaml.safe_load(block)).graph for block in readme_blocks(root, "yaml")]
+    assert [graph.order for graph in graphs] == [("draw",), ("rewrite", "draw")]
+
+
+def test_readme_names_every_command(root: Path) -> None:
+    named = set(re.findall(r"^\| `omni (\w+)", (root / "README.md").read_text(), re.MULTILINE))
+    assert named == set(COMMANDS)
+    used = {
+        command for block in readme_blocks(root, "bash") for command in re.findall(r"^omni (\w+)", block, re.MULTILINE)
+    }
+    assert used <= set(COMMANDS)
+
+
+def test_readme_python_names_what_exists(root: Path) -> None:
+    (block,) = readme_blocks(root, "python")
+    used = set(re.findall(r"\bomni\.(\w+)\(", block))
+    assert used == {"generate", "stream"}
+    assert all(hasattr(omni.Omni, name) for name in used)
+    compile(block, "README.md", "exec")
+
+
+def test_links_in_documents_lead_somewhere(root: Path, project_texts: dict[str, str]) -> None:
+    links = [
+        (path, link)
+        for path, text in project_texts.items()
+        if path.endswith(".md")
+        for link in re.findall(r"\]\(([^)#\s]+)", text)
+        if "://" not in link
+    ]
+    assert ("README.md", "docs/architecture.md") in links
+    broken = [f"{path}: {link}" for path, link in links if not (root / path).parent.joinpath(link).exists()]
+    assert not broken, "\n".join(broken)

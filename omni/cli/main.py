@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import traceback
-from importlib.metadata import version
+from typing import Any
 
 COMMANDS = {
     "run": "run a graph and write its outputs",
@@ -23,10 +23,23 @@ COMMANDS = {
 """Name -> one line of help; each is a module of this package with `add_arguments(parser)` and `command(args)`."""
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __init__(self, *names: Any, **options: Any) -> None:
+        super().__init__(*names, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import omni
+
+        print(f"omni {omni.__version__}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the `omni` command with all its subcommands."""
     parser = argparse.ArgumentParser(prog="omni", description="Run graphs of generative models from YAML files.")
-    parser.add_argument("--version", action="version", version=f"omni {version('omni-stages')}")
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"omni.cli.{name}")
@@ -58,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the CLI edge: everything ends as one line and an exit code
         if args.verbose or not isinstance(error, OmniError):
             traceback.print_exc()
+        if args.verbose and (details := getattr(error, "details", "")):
+            print(details, file=sys.stderr)
         print(f"omni {args.command}: {error}", file=sys.stderr)
         return 1
 

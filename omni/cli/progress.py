@@ -50,17 +50,14 @@ class LineView(View):
         self._clock = clock
         self._lock = threading.Lock()
         self._last: dict[str, float] = {}
-        self._ready: set[str] = set()
 
     def loading(self, progress: LoadProgress) -> None:
-        name = f"{progress.stage}: loading {progress.component}"
+        key, total = f"{progress.stage}: loading", format_bytes(progress.total_bytes)
         if progress.state == "ready":
-            if name not in self._ready:
-                self._ready.add(name)
-                self._write(name, f"{progress.stage}: {progress.component} ready ({format_bytes(progress.total_bytes)})")
+            self._write(key, f"{progress.stage}: ready ({total})")
         else:
-            text = f"{name}: {format_bytes(progress.done_bytes)} of {format_bytes(progress.total_bytes)}"
-            self._write_sometimes(name, text)
+            done = format_bytes(progress.done_bytes)
+            self._write_sometimes(key, f"{key} {progress.component}: {done} of {total}")
 
     def event(self, event: Event) -> None:
         match event:
@@ -84,7 +81,7 @@ class LineView(View):
 
 
 class BarView(View):
-    """A bar for each component that loads and each stage that works."""
+    """A bar for each stage that loads and each that works on a request."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -107,8 +104,8 @@ class BarView(View):
         total, done = format_bytes(progress.total_bytes), format_bytes(progress.done_bytes)
         ready = progress.state == "ready"
         self._show(
-            f"load {progress.stage} {progress.component}",
-            note=total if ready else f"{done} of {total}",
+            f"load {progress.stage}",
+            note=total if ready else f"{done} of {total} {progress.component}",
             total=max(progress.total_bytes, 1),
             completed=max(progress.total_bytes, 1) if ready else progress.done_bytes,
         )

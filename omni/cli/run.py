@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from omni.cli.requests import Job
+    from omni.cli.work import Outcome
 
 RUNNERS = ("auto", "inline", "ray")
 
@@ -57,34 +57,37 @@ def command(args: argparse.Namespace) -> int:
     import asyncio
 
     from omni.cli.interrupt import Interrupts
+    from omni.cli.job import prepare
     from omni.cli.progress import open_view
-    from omni.cli.requests import prepare
+    from omni.cli.work import Work
 
-    with Interrupts() as interrupts, open_view(args.quiet, sys.stderr) as view:
-        job = prepare(args, view)
-        if job.omni.plan.runner == "ray":
-            import ray  # noqa: F401  (it takes over SIGTERM when it is imported, so that comes first)
+    with Interrupts() as interrupts:
+        with open_view(args.quiet, sys.stderr) as view:
+            work = Work(view, args.events)
+            job = prepare(args, work.loading)
+            if job.omni.plan.runner == "ray":
+                import ray  # noqa: F401  (importing it takes over SIGTERM, so that is done before install)
 
-            interrupts.install()
-        try:
-            outcomes = asyncio.run(interrupts.guard(job.run()))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
-    return _report(args, job, outcomes)
+                interrupts.install()
+            try:
+                outcomes = asyncio.run(interrupts.guard(work.run(job)))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None
+        return _report(args, outcomes)
 
 
-def _report(args: argparse.Namespace, job: Job, outcomes: list[Outcome]) -> int:
+def _report(args: argparse.Namespace, outcomes: list[Outcome]) -> int:
     """Print texts, paths, failures and the table."""
     from omni.cli.summary import print_table
 
     for outcome in outcomes:
         if not args.events:
-            for line in (*outcome.texts, *outcome.files):
-                print(line)
+            print(*outcome.texts, *outcome.files, sep="\n", end="\n" if outcome.texts or outcome.files else "")
         if outcome.error is not None:
             print(f"omni run: {outcome.label}{outcome.error}", file=sys.stderr)
-            if args.verbose and outcome.error_details:
-                print(outcome.error_details, file=sys.stderr)
-    if not args.quiet:
-        print_table(outcomes, sys.stderr)
+            if args.verbose and (details := getattr(outcome.error, "details", "")):
+                print(details, file=sys.stderr)
+    done = [outcome for outcome in outcomes if outcome.timings is not None]
+    if done and not args.quiet:
+        print_table([o.timings for o in done if o.timings], [o.seed for o in done], sys.stderr)
     return 1 if any(outcome.error for outcome in outcomes) else 0

@@ -101,7 +101,7 @@ class Seam:
     """Stands in the place of one denoiser's forward. What works per call or across requests is plugged in here."""
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
-        self._denoiser = denoiser
+        self.denoiser = denoiser
         self._forward = denoiser.forward
         functools.update_wrapper(self, denoiser.forward)  # pipelines read the forward's signature
         denoiser.forward = self
@@ -114,7 +114,7 @@ class Seam:
 
     def remove(self) -> None:
         """Give the denoiser its own forward back."""
-        del self._denoiser.forward
+        del self.denoiser.forward
 
 
 def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

@@ -32,6 +32,12 @@ class DiffusionStage(ThreadedStage):
         # The pipeline's call blocks until it is done, so that its progress has to come from a thread of its own.
         self._callers = ThreadPoolExecutor(self.num_workers, thread_name_prefix=f"pipeline-{context.name}")
 
+    @property
+    def built(self) -> Built:
+        """The loaded pipeline with its seams."""
+        assert self._built is not None, "used before load or after unload"
+        return self._built
+
     def load(self, report: Report) -> None:
         """Load the pipeline. Raises StageSetupError."""
         self._built = build_pipeline(self.context, report)
@@ -65,8 +71,7 @@ class DiffusionStage(ThreadedStage):
             torch.cuda.empty_cache()
 
     def _call_pipeline(self, run: DenoiseRun, call: StageCall) -> Payload:
-        built, name = self._built, self.context.name
-        assert built is not None, "compute before load"
+        built, name = self.built, self.context.name
         try:
             arguments = build_arguments(built.signature, self.spec.call, call.inputs, built.device, built.dtype)
         except ArgumentFault as error:

@@ -137,12 +137,7 @@ class FunctionStage(Stage):
     def _failure(self, error: BaseException) -> BaseException:
         if isinstance(error, StageError | RequestAborted):
             return error
-        text = " ".join(str(error).split())
-        cause = (
-            f"{self._spec.call}: {type(error).__name__}: {text}"
-            if text
-            else f"{self._spec.call}: {type(error).__name__}"
-        )
+        text = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
         details = traceback.format_exception(type(error), error, _users_frames(error.__traceback__))
         return StageError(self.context.name, f"{self._spec.call}: {text}", details="".join(details))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from urllib.parse import urlsplit
 
 from omni.errors import Mistake
 from omni.graph import nearest
@@ -53,8 +54,15 @@ def build_stage(context: StageContext) -> Stage:
 def _check_server(spec: LlmSpec) -> list[Mistake]:
     if not spec.base_url:
         return [Mistake("base_url", "is needed with engine 'openai', for example http://localhost:8000/v1")]
-    if not spec.base_url.startswith(("http://", "https://")):
-        return [Mistake("base_url", f"'{spec.base_url}' must start with http:// or https://")]
+    try:
+        url = urlsplit(spec.base_url)
+        host, _ = url.hostname, url.port
+    except ValueError as error:
+        return [Mistake("base_url", f"'{spec.base_url}' is not an address: {error}")]
+    if url.scheme not in ("http", "https") or not host:
+        return [Mistake("base_url", f"'{spec.base_url}' must be like http://localhost:8000/v1 or https://HOST/v1")]
+    if url.username or url.password or url.query:
+        return [Mistake("base_url", "must hold no key or query; name the variable with the key: api_key_env")]
     return []
 
 

@@ -6,6 +6,7 @@ process, since the model is elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -42,7 +43,7 @@ class OpenAiStage(ThreadedStage):
         self._spec = context.spec
         self._url = urlsplit(context.spec.base_url.rstrip("/") + "/chat/completions")
         self._key = ""
-        self._connections: dict[str, http.client.HTTPConnection] = {}
+        self._sockets: dict[str, socket.socket] = {}
 
     def load(self, report: Report) -> None:
         name = self._spec.api_key_env
@@ -57,42 +58,42 @@ class OpenAiStage(ThreadedStage):
             )
 
     def compute(self, call: StageCall, stop: threading.Event) -> Iterator[StageItem]:
-        body = json.dumps(self._body(call)).encode()
         num_tokens = self._spec.sampling.max_new_tokens
-        connection = self._connect()
-        self._connections[call.request_id] = connection
         text, step = "", 0
+        connection = self._new_connection()
         try:
-            for delta in self._stream(connection, body):
-                if stop.is_set():
-                    raise RequestAborted(call.request_id)
+            for delta in self._stream(connection, call, stop):
                 step += 1
                 text += delta
                 yield Progress(step=min(step, num_tokens), num_steps=num_tokens, unit="token")
                 yield TextDelta(text=delta)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if stop.is_set():  # `abort` has closed the connection under the read
+        except (OSError, http.client.HTTPException, ValueError, StageError) as error:
+            if stop.is_set():  # `abort` has hung up
                 raise RequestAborted(call.request_id) from None
+            if isinstance(error, StageError):
+                raise
             raise self._failure(error) from error
         finally:
-            self._connections.pop(call.request_id, None)
+            self._sockets.pop(call.request_id, None)
             connection.close()
-        if stop.is_set():
-            raise RequestAborted(call.request_id)
         yield Output(payload={"text": text})
 
     async def abort(self, request_id: str) -> None:
         await super().abort(request_id)
-        connection = self._connections.get(request_id)
-        if connection is not None:
-            _hang_up(connection)
+        self._hang_up(request_id)
 
     async def teardown(self) -> None:
-        for run in self._runs.values():
+        for request_id, run in list(self._runs.items()):
             run.stop.set()
-        for connection in list(self._connections.values()):
-            _hang_up(connection)
+            self._hang_up(request_id)
         await super().teardown()
+
+    def _hang_up(self, request_id: str) -> None:
+        """Wake the thread that reads from the server; closing the connection would not."""
+        sock = self._sockets.get(request_id)
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it is gone already
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     # The request --------------------------------------------------------------------------------------------------
 
@@ -112,28 +113,37 @@ class OpenAiStage(ThreadedStage):
         body |= {name: value for name, (value, default) in extra.items() if value != default}
         return body | ({"stop": sampling.stop} if sampling.stop else {})
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _new_connection(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
         if self._url.scheme == "https":
             context = ssl.create_default_context()
             return http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=context)
         return http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
 
-    def _stream(self, connection: http.client.HTTPConnection, body: bytes) -> Iterator[str]:
+    def _stream(self, connection: http.client.HTTPConnection, call: StageCall, stop: threading.Event) -> Iterator[str]:
+        """Pieces of the answer as they come."""
+        body = json.dumps(self._body(call)).encode()
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         connection.connect()
         connection.sock.settimeout(CHUNK_SECONDS)
+        self._sockets[call.request_id] = connection.sock
+        if stop.is_set():
+            raise RequestAborted(call.request_id)
         connection.request("POST", self._url.path, body, headers)
         response = connection.getresponse()
         if response.status != 200:
             raise self._refusal(response)
         finished = False
         for data in _events(response):
+            if stop.is_set():
+                raise RequestAborted(call.request_id)
             if data == "[DONE]":
                 return
             chunk = json.loads(data)
+            if not isinstance(chunk, dict):
+                raise ValueError(f"an event of type {type(chunk).__name__}")
             if chunk.get("error"):
                 raise self._error(f"broke off: {_message(chunk)}", "look at the server's log")
             for choice in chunk.get("choices") or ():
@@ -204,13 +214,3 @@ def _message(answer: Any) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error
     return " ".join(str(error).split())[:300]
-
-
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    """Wake a thread that reads from the connection; closing alone would not."""
-    sock = connection.sock
-    if sock is not None:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is gone already

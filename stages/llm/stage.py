@@ -58,7 +58,8 @@ class LlmStage(Stage):
         source = self._source_for(len(prompt) + num_tokens)
         reader = TextReader(self._decode, self._spec.sampling.stop)
         key = f"{call.request_id}/{next(self._keys)}"
-        self._runs[call.request_id] = updates = asyncio.Queue()
+        updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._runs[call.request_id] = updates
         source.submit(key, prompt, num_tokens, call.seed, updates.put_nowait)
         step = 0
         try:
@@ -133,10 +134,8 @@ class LlmStage(Stage):
     def _set_defaults(self) -> frozenset[int]:
         """Leave nothing but the special tokens of the model's own generation settings; returns those that end it."""
         own = self._model.generation_config
-        ends = next(
-            (end for end in (own.eos_token_id, self._tokenizer.eos_token_id) if end is not None and end != []), []
-        )
-        ends = [ends] if isinstance(ends, int) else list(ends)
+        end = self._tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+        ends = [] if end is None else [end] if isinstance(end, int) else list(end)
         pad = next((pad for pad in (own.pad_token_id, self._tokenizer.pad_token_id, *ends) if pad is not None), 0)
         self._model.generation_config = GenerationConfig(
             bos_token_id=own.bos_token_id, eos_token_id=ends or None, pad_token_id=pad, do_sample=False
@@ -202,7 +201,7 @@ class LlmStage(Stage):
         if room < 1:
             raise StageError(
                 self.context.name,
-                f"the prompt has {num_prompt_tokens} tokens, but prompt and answer may have {self._max_tokens} together",
+                f"the prompt has {num_prompt_tokens} tokens; the model takes {self._max_tokens}, answer included",
                 "shorten the inputs or the template",
             )
         return min(wanted, room)

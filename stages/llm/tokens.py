@@ -121,7 +121,7 @@ class _Listener(StoppingCriteria):
         """Called with all tokens so far, (1, n)."""
         new, self._seen = input_ids[0, self._seen :].tolist(), input_ids.shape[1]
         self._deliver(Update(new))
-        return torch.full((1,), self._stop.is_set(), device=input_ids.device)  # type: ignore[return-value]
+        return torch.full((1,), self._stop.is_set(), device=input_ids.device)
 
 
 class ContinuousBatch(TokenSource):

@@ -33,15 +33,15 @@ class Budget:
 
     def progress(self) -> float:
         """From 0 at the start to 1 at the end; the learning rate follows it."""
+        # The first steps compile; their seconds say nothing about the rest.
+        if self.step <= _NUM_UNTIMED_STEPS:
+            self.started = time.perf_counter()
         return max(self.step / self.num_steps, (time.perf_counter() - self.started) / self.seconds)
 
     def run(self, name: str, optimizer: torch.optim.Optimizer, peak: float) -> Iterator[dict]:
         """Yields a dict for the loop to put its losses into, sets the learning rate, and prints the progress."""
         shown = 0.0
         while (progress := self.progress()) < 1:
-            # The first steps compile; their seconds say nothing about the rest.
-            if self.step <= _NUM_UNTIMED_STEPS:
-                self.started = time.perf_counter()
             warm = min((self.step + 1) / min(300, self.num_steps), 1)
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -49,7 +49,7 @@ class Budget:
             yield losses
             self.step += 1
             if progress >= shown:
-                shown += 0.04
+                shown = progress + 0.04
                 values = " ".join(f"{key} {value.detach().item():.5f}" for key, value in losses.items())
                 elapsed = time.perf_counter() - self.started
                 print(f"{name}: step {self.step}, {progress:.0%}, {elapsed:.0f} s, {values}", flush=True)
@@ -86,7 +86,7 @@ def fit_vae(vae: AutoencoderKL, bank: SceneBank, device: torch.device, budget: B
     shapes, colours = bank.shapes.to(device), bank.colours.to(device)
     optimizer = _adamw([vae], device)
 
-    for losses in budget.run("vae", optimizer, 1e-3):
+    for losses in budget.run("vae", optimizer, 6e-4):
         rows = torch.randint(len(shapes), (budget.batch_size,), device=device, generator=generator)
         pictures = paint(*jitter(shapes[rows], colours[rows], generator)).contiguous(memory_format=torch.channels_last)
         with _precision(device):

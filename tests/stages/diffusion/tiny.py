@@ -40,14 +40,14 @@ def picture(seed: int, size: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 
-def redraw(module: torch.nn.Module) -> Any:
+def redraw(module: torch.nn.Module, spread: float = 0.08) -> Any:
     """`module` with random weights everywhere, also where the class starts with zeros."""
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for name, weight in module.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             gain = "norm" in name and name.endswith("weight") and weight.dim() < 2
-            weight.copy_(1 + noise * 0.1 if gain else noise * 0.08)
+            weight.copy_(1 + noise * 0.1 if gain else noise * spread)
     return module.eval()
 
 
@@ -74,11 +74,10 @@ def kl_vae(channels: int) -> Any:
 
 
 def wan_vae() -> Any:
-    return redraw(
-        d.AutoencoderKLWan(
-            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-        )
+    vae = d.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
+    return redraw(vae, spread=0.3)
 
 
 def qwen() -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and 'polite' not in message['content'] %}"
+    "{{ raise_exception('no such system') }}{% endif %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}<|assistant|>"
 )
 SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 MAX_POSITIONS = 256
@@ -16,7 +19,7 @@ MAX_POSITIONS = 256
 
 @pytest.fixture(scope="session")
 def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Llama with a byte tokenizer and no chat template."""
+    """Folder of a random Llama with one token per byte and no chat template; it never ends by itself."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,8 +29,8 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -43,4 +46,13 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(plain_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a chat template, which takes polite system messages only."""
+    folder = tmp_path_factory.mktemp("chat_model") / "model"
+    shutil.copytree(plain_model, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder

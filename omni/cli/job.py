@@ -1,0 +1,156 @@
+"""From the arguments of `omni run` to requests: everything a user can get wrong is found here, before models load."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from omni.api import AsyncOmni
+from omni.cli.outputs import OutputPlan, plan_outputs
+from omni.errors import UsageError
+from omni.inputs import MAX_SEED, is_media, parse_field
+from omni.messages import LoadProgress, Request
+from omni.recipe import (
+    Recipe,
+    SourceFile,
+    check_files,
+    digest_file,
+    encode_recipe,
+    installed_versions,
+    needs_trust,
+    read_recipe,
+)
+
+
+class Job(msgspec.Struct, frozen=True):
+    """The requests of one `omni run` and where their outputs go."""
+
+    omni: AsyncOmni
+    requests: tuple[Request, ...]
+    outputs: OutputPlan
+    metadata: tuple[str, ...]
+    """For each request, what its pictures remember."""
+
+    def labels(self) -> dict[str, str]:
+        """Request id -> `2/4 ` when there are several requests."""
+        total = len(self.requests)
+        return {r.id: f"{number}/{total} " for number, r in enumerate(self.requests, start=1)} if total > 1 else {}
+
+
+class _Given(msgspec.Struct, frozen=True):
+    """The fields of a request, and the files that some of them were read from."""
+
+    values: dict[str, Any]
+    files: dict[str, list[SourceFile]]
+
+
+def prepare(args: argparse.Namespace, report: Callable[[LoadProgress], None]) -> Job:
+    """The checked job. Raises UsageError (GraphError, InputError, PlanError); no model has been touched then."""
+    if args.n < 1:
+        raise UsageError(f"--n {args.n}: must be at least 1")
+    recipe = _read_recipe(args.graph, args.trust)
+    omni = AsyncOmni(
+        recipe.graph if recipe else args.graph,
+        overrides=args.set,
+        base_dir=os.path.dirname(recipe.graph_path) if recipe else None,
+        runner=args.runner,
+        address=args.address,
+        hardware=args.hardware,
+        report=report,
+    )
+    given = _read_fields(args, omni, recipe)
+    seed = args.seed if args.seed is not None else recipe.seed if recipe else random.SystemRandom().randrange(MAX_SEED)
+    requests = []
+    for prompt in [None] if args.prompts is None else _read_prompts(args.prompts):
+        fields = given.values if prompt is None else {**given.values, "prompt": prompt}
+        for number in range(args.n):
+            turn = (seed + number) % (MAX_SEED + 1) if 0 <= seed <= MAX_SEED else seed
+            requests.append(omni.request(seed=turn, **fields))
+    outputs = plan_outputs(omni.graph, args.output, len(requests))
+    graph_path = recipe.graph_path if recipe else args.graph
+    metadata = tuple(_remember(omni, request, given, graph_path) for request in requests)
+    return Job(omni, tuple(requests), outputs, metadata)
+
+
+def _read_recipe(graph: str, trusted: bool) -> Recipe | None:
+    if Path(graph).suffix.lower() != ".png":
+        return None
+    recipe = read_recipe(graph)
+    unsafe = needs_trust(recipe)
+    if unsafe and not trusted:
+        raise UsageError(
+            f"{graph}: its graph can run code or use keys of this machine ({', '.join(unsafe)}); "
+            "say --trust if you know where the picture comes from"
+        )
+    return recipe
+
+
+def _read_fields(args: argparse.Namespace, omni: AsyncOmni, recipe: Recipe | None) -> _Given:
+    """The inputs: those of the recipe, and on top those of the command line."""
+    texts: dict[str, list[str]] = {}
+    for pair in args.input:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--input {pair}: expected NAME=VALUE")
+        texts.setdefault(name, []).append(text)
+    prompts = [f"--{way}" for way in ("prompt", "prompts") if getattr(args, way) is not None]
+    prompts += ["--input prompt"] if "prompt" in texts else []
+    if len(prompts) > 1:
+        raise UsageError(f"{' and '.join(prompts)} exclude each other")
+    if args.prompt is not None:
+        texts["prompt"] = [args.prompt]
+    if recipe is not None:
+        kept = {name: files for name, files in recipe.files.items() if name not in texts}
+        check_files(kept)
+        texts = {**{name: [file.path for file in files] for name, files in kept.items()}, **texts}
+    graph = omni.graph
+    values = {name: _one_or_list([parse_field(graph, name, text) for text in given]) for name, given in texts.items()}
+    files = {
+        name: [SourceFile(path, digest_file(path)) for path in paths]
+        for name, paths in texts.items()
+        if is_media(graph, name)
+    }
+    inherited = {name: value for name, value in recipe.inputs.items() if name not in texts} if recipe else {}
+    return _Given({**inherited, **values}, files)
+
+
+def _one_or_list(items: Sequence[Any]) -> Any:
+    return items[0] if len(items) == 1 else list(items)
+
+
+def _read_prompts(file: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"--prompts {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {file}: is not UTF-8 text") from error
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UsageError(f"--prompts {file}: holds no prompt; write one per line")
+    return prompts
+
+
+def _remember(omni: AsyncOmni, request: Request, given: _Given, graph_path: str) -> str:
+    """The metadata of a request's pictures. Defaults are left to the graph, which is remembered too."""
+    inputs: Mapping[str, Any] = {
+        name: value for name, value in request.inputs.items() if name in {*given.values, "prompt"} - set(given.files)
+    }
+    return encode_recipe(
+        Recipe(
+            graph=omni.loaded.document,
+            graph_path=graph_path,
+            inputs=dict(inputs),
+            files=given.files,
+            seed=request.seed,
+            versions=installed_versions(),
+        )
+    )

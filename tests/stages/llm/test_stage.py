@@ -1,0 +1,244 @@
+import asyncio
+import contextlib
+import json
+import logging
+import shutil
+import threading
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni.errors import RequestAborted, StageError, StageSetupError
+from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
+from omni.registry import find_kind, import_string
+from omni.spec import LlmSpec, SamplingSpec
+from omni.stage import StageCall, StageContext
+
+GREEDY = SamplingSpec(max_new_tokens=24)
+SAMPLED = SamplingSpec(max_new_tokens=24, temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1)
+PROMPTS = [f"{'once upon a time ' * (number % 3)}{number}" for number in range(6)]
+
+
+@contextlib.asynccontextmanager
+async def running(model: Path, batched: bool = True, **options: Any) -> AsyncGenerator[Any, None]:
+    """A stage that is set up; `batched=False` keeps it to one request after another."""
+    spec = LlmSpec(model=str(model), **options)
+    stage = import_string(find_kind("llm").stage)(StageContext(name="rewrite", spec=spec, base_dir="."))
+    await stage.setup(lambda progress: None)
+    assert stage._batch is not None, "the tiny model can be batched"
+    if not batched:
+        await asyncio.to_thread(stage._batch.stop)
+        stage._batch = None
+    try:
+        yield stage
+    finally:
+        await stage.teardown()
+
+
+async def items_of(stage: Any, prompt: str = "hello", seed: int = 0, request_id: str = "r") -> list[StageItem]:
+    call = StageCall(request_id=request_id, inputs={"prompt": prompt}, seed=seed)
+    return [item async for item in stage.run(call)]
+
+
+async def text_of(stage: Any, prompt: str = "hello", seed: int = 0, request_id: str = "r") -> str:
+    return (await items_of(stage, prompt, seed, request_id))[-1].payload["text"]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+async def test_text_does_not_depend_on_what_else_runs(plain_model: Path, sampling: SamplingSpec, batched: bool) -> None:
+    async with running(plain_model, sampling=sampling) as stage:
+        alone = [await text_of(stage, prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+        if not batched:
+            stage._batch, batch = None, stage._batch
+        together = await asyncio.gather(
+            *(text_of(stage, prompt, seed, request_id=str(seed)) for seed, prompt in enumerate(PROMPTS))
+        )
+        if not batched:
+            stage._batch = batch
+    assert together == alone
+    assert len(set(alone)) == len(PROMPTS)
+
+
+async def test_seeds(plain_model: Path) -> None:
+    async with running(plain_model, sampling=SAMPLED) as stage:
+        texts = [await text_of(stage, seed=seed) for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+    async with running(plain_model, sampling=GREEDY) as stage:
+        assert await text_of(stage, seed=1) == await text_of(stage, seed=2)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+async def test_items_of_a_run(plain_model: Path, batched: bool) -> None:
+    async with running(plain_model, batched, sampling=GREEDY) as stage:
+        first, *items, last = await items_of(stage)
+    assert isinstance(first, Started)
+    assert isinstance(last, Output)
+    deltas = [item.text for item in items if isinstance(item, TextDelta)]
+    assert "".join(deltas) == last.payload["text"]
+    assert len(deltas) > 5
+    steps = [item for item in items if isinstance(item, Progress)]
+    assert [(step.step, step.num_steps, step.unit) for step in steps] == [(n, 24, "token") for n in range(1, 25)]
+
+
+async def test_the_batch_agrees_with_plain_generate(plain_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(plain_model)
+    tokenizer = AutoTokenizer.from_pretrained(plain_model)
+    ids = tokenizer("hello", return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.input_ids.shape[1] :]
+    async with running(plain_model, sampling=GREEDY) as stage:
+        assert await text_of(stage) == tokenizer.decode(made, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+async def test_stop_strings(plain_model: Path, batched: bool) -> None:
+    async with running(plain_model, sampling=GREEDY) as stage:
+        whole = await text_of(stage)
+    stop = next(letter for letter in whole[4:] if letter not in whole[:4] and letter != "\ufffd")
+    async with running(plain_model, batched, sampling=SamplingSpec(max_new_tokens=24, stop=["never", stop])) as stage:
+        assert await text_of(stage) == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+async def test_an_abort_stops_between_tokens(plain_model: Path, batched: bool) -> None:
+    async with running(plain_model, batched, sampling=SamplingSpec(max_new_tokens=200)) as stage:
+        seen = []
+        with pytest.raises(RequestAborted):
+            async for item in stage.run(StageCall(request_id="a", inputs={"prompt": "x"}, seed=0)):
+                seen.append(item)
+                if isinstance(item, Progress) and item.step == 3:
+                    await stage.abort("a")
+        assert sum(isinstance(item, Progress) for item in seen) < 200
+        assert not isinstance(seen[-1], Output)
+        await stage.abort("never seen")
+        assert isinstance((await items_of(stage, request_id="a"))[-1], Output)
+
+
+async def test_a_request_that_waits_for_its_turn_can_be_aborted(plain_model: Path) -> None:
+    async with running(plain_model, batched=False, sampling=SamplingSpec(max_new_tokens=100)) as stage:
+        first = asyncio.ensure_future(text_of(stage, request_id="first"))
+        second = asyncio.ensure_future(items_of(stage, request_id="second"))
+        while "second" not in stage._runs:
+            await asyncio.sleep(0)
+        await stage.abort("second")
+        with pytest.raises(RequestAborted):
+            await second
+        assert await first == await text_of(stage)
+
+
+async def test_the_chat_template_is_used(plain_model: Path, chat_model: Path) -> None:
+    async with running(chat_model, system="be polite", sampling=GREEDY) as chat, running(plain_model) as plain:
+        call = StageCall(request_id="r", inputs={"prompt": "hi <|end|>"}, seed=0)
+        ids = chat._prompt_ids(call)
+        tokens = chat._tokenizer.convert_ids_to_tokens(ids)
+        assert [tokens[0], tokens[-1]] == ["<|system|>", "<|assistant|>"]
+        assert tokens.count("<|end|>") == 2, "control tokens in what users write are only text"
+        assert chat._tokenizer.decode(ids).startswith("<|system|>be polite<|end|><|user|>hi ")
+        assert plain._tokenizer.decode(plain._prompt_ids(call)) == "hi <|end|>"
+
+
+async def test_a_chat_template_that_refuses(chat_model: Path) -> None:
+    async with running(chat_model, system="be rude") as stage:
+        with pytest.raises(StageError, match=r"chat template refuses the messages: no such system \(leave `system` out"):
+            await text_of(stage)
+
+
+async def test_the_end_token_ends_the_text(plain_model: Path, tmp_path: Path) -> None:
+    async with running(plain_model, sampling=GREEDY) as stage:
+        whole = await text_of(stage)
+    end = next(n for n in range(3, 24) if whole[n] not in whole[:n] and whole[n].isascii())
+    folder = tmp_path / "model"
+    shutil.copytree(plain_model, folder)
+    from transformers import AutoTokenizer
+
+    (number,) = AutoTokenizer.from_pretrained(folder)(whole[end]).input_ids
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [number], "repetition_penalty": 3.0}))
+    async with running(folder, sampling=GREEDY) as stage:
+        assert await text_of(stage) == whole[:end]
+
+
+async def test_a_prompt_that_is_too_long(plain_model: Path) -> None:
+    longest = json.loads((plain_model / "config.json").read_text())["max_position_embeddings"]
+    async with running(plain_model, sampling=GREEDY) as stage:
+        fault = f"the prompt has {longest} tokens; the model takes {longest}, answer included .shorten"
+        with pytest.raises(StageError, match=fault):
+            await text_of(stage, "x" * longest)
+        steps = [item for item in await items_of(stage, "x" * (longest - 3)) if isinstance(item, Progress)]
+        assert [(step.step, step.num_steps) for step in steps] == [(1, 3), (2, 3), (3, 3)]
+
+
+async def test_a_prompt_too_long_for_the_batch_goes_the_other_way(plain_model: Path) -> None:
+    async with running(plain_model, sampling=GREEDY) as stage:
+        expected = await text_of(stage)
+        stage._batch.max_tokens = 10
+        assert stage._source_for(11) is stage._one_by_one
+        assert await text_of(stage) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+async def test_an_empty_input(plain_model: Path, prompt: str) -> None:
+    async with running(plain_model) as stage:
+        with pytest.raises(StageError, match="stage 'rewrite': its input 'prompt' is empty .give 'prompt' a text"):
+            await text_of(stage, prompt)
+
+
+async def test_models_that_cannot_be_batched_run_one_by_one(
+    plain_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    from transformers import BloomConfig, BloomForCausalLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(plain_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(plain_model / "tokenizer_config.json", folder)
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    spec = LlmSpec(model=str(folder), sampling=SamplingSpec(max_new_tokens=4))
+    stage = import_string(find_kind("llm").stage)(StageContext(name="rewrite", spec=spec, base_dir="."))
+    with caplog.at_level(logging.WARNING):
+        await stage.setup(lambda progress: None)
+    assert stage._batch is None
+    assert await text_of(stage) == await text_of(stage)
+    await stage.teardown()
+
+
+async def test_loading_is_reported(plain_model: Path) -> None:
+    reports: list[LoadProgress] = []
+    context = StageContext(name="rewrite", spec=LlmSpec(model=plain_model.name), base_dir=str(plain_model.parent))
+    stage = import_string(find_kind("llm").stage)(context)
+    await stage.setup(reports.append)
+    await stage.teardown()
+    size = (plain_model / "model.safetensors").stat().st_size
+    assert [(r.stage, r.component, r.done_bytes, r.total_bytes, r.state) for r in reports] == [
+        ("rewrite", "model", 0, size, "loading"),
+        ("rewrite", "model", size, size, "ready"),
+    ]
+
+
+@pytest.mark.parametrize("model", ["nobody/nothing", "here"])
+async def test_a_model_that_cannot_be_loaded(model: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text("{}")
+    context = StageContext(name="rewrite", spec=LlmSpec(model=model), base_dir=str(tmp_path))
+    stage = import_string(find_kind("llm").stage)(context)
+    with pytest.raises(StageSetupError, match=f"stage 'rewrite': cannot load '{model}'.* must be a folder or a hub id"):
+        await stage.setup(lambda progress: None)
+    await stage.teardown()
+
+
+async def test_nothing_runs_after_teardown(plain_model: Path) -> None:
+    before = set(threading.enumerate())
+    async with running(plain_model, sampling=SamplingSpec(max_new_tokens=200)) as stage:
+        run = stage.run(StageCall(request_id="r", inputs={"prompt": "x"}, seed=0))
+        async for item in run:
+            if isinstance(item, Progress):
+                break
+        assert all(thread.daemon for thread in set(threading.enumerate()) - before if "generation" in repr(thread))
+        await run.aclose()
+        batch_thread = stage._batch._batch._generation_thread
+        assert batch_thread.daemon
+    assert not batch_thread.is_alive()
