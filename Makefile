@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
-PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --progress-bar off -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check --progress-bar off -c constraints.txt
 
 # A name on PATH is not enough: version managers leave stubs there, and some systems split venv and ensurepip off.
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))

@@ -48,12 +48,13 @@ class _Reader:
 
     def file(self, path: str, readers: tuple[str, ...], named_at: Place) -> Value:
         """The tree of a file, laid over its bases; `readers` are the real paths of the files that led here."""
+        text = self.text(path, named_at, is_base=bool(readers))
         real = os.path.realpath(path)
         if real in readers:
             chain = [os.path.basename(name) for name in (*readers[readers.index(real) :], real)]
             raise self.notes.fatal(named_at, "base", f"the bases form a cycle: {' -> '.join(chain)}")
         start = Place(path, 1, 1)
-        root = _normalised(read_yaml(self.text(path, named_at, is_base=bool(readers)), start, self.notes))
+        root = _normalised(read_yaml(text, start, self.notes))
         if not isinstance(root.content, dict):
             what = "is empty" if root.content is None else f"holds {show(root.content)}"
             raise self.notes.fatal(start, "", f"the file {what}; a graph is a mapping with 'stages'")
@@ -86,7 +87,7 @@ class _Reader:
             return root
         if not isinstance(base.content, str) or not base.content:
             raise self.notes.fatal(base.place, "base", f"expected the path of a graph file, got {show(base.content)}")
-        path = os.path.join(folder, os.path.expanduser(base.content))
+        path = os.path.join(folder, base.content)
         own = {key: value for key, value in (root.content or {}).items() if key != "base"}  # type: ignore[union-attr]
         return _merge(self.file(path, readers or ("",), base.place), root.with_content(own))
 
@@ -165,7 +166,8 @@ def _with(value: Value, key: str, entry: Value) -> Value:
 def _near_files(path: str) -> str:
     folder, name = os.path.split(path)
     try:
-        names = [entry for entry in os.listdir(folder or ".") if entry.endswith((".yaml", ".yml"))]
+        names = [os.path.splitext(entry) for entry in os.listdir(folder or ".")]
     except (OSError, ValueError):
         return ""
-    return nearest(name, names)
+    stem = os.path.splitext(name)[0]
+    return nearest(name, [near + end for near, end in names if end in (".yaml", ".yml") and nearest(stem, [near])])

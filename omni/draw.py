@@ -1,11 +1,12 @@
 """The picture of a plan in the terminal: layers from left to right, one box per stage, lines for the edges.
 
-`layout` decides layers and order and serves the SVG (omni/draw_svg.py) too. Lines of different sources never run into
-each other except where they end at the same stage; where they merely cross, the upright line is drawn whole.
+`layout` decides layers and order and serves the SVG (omni/draw_svg.py) too. A line forks on its way to several readers;
+lines of different stages never join, and where they cross, the upright one is drawn whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -14,8 +15,7 @@ from omni.graph import Graph
 from omni.plan import Plan
 
 UP, DOWN, LEFT, RIGHT = 1, 2, 4, 8
-_PAIRS = {
-    0: "  ",
+LINE_CHARS = {
     UP | DOWN: "\u2502|",
     LEFT | RIGHT: "\u2500-",
     DOWN | RIGHT: "\u250c+",
@@ -28,8 +28,7 @@ _PAIRS = {
     UP | LEFT | RIGHT: "\u2534+",
     UP | DOWN | LEFT | RIGHT: "\u253c+",
 }
-BOX_ROWS = 4
-BEND_ROWS = 2
+"""Directions that a line takes from a cell -> its character, and the one for ASCII."""
 GAP_ROWS = 1
 
 
@@ -154,50 +153,83 @@ class _Canvas:
         column = 0
         for index, layer in enumerate(self.layout.layers):
             width = max((len(text) for item in layer if item.stage for text in self.labels[item.stage]), default=0) + 4
-            arrivals: dict[Item, int] = {}
-            if index:
-                arrivals, column = self.draw_channel(index, column)
+            links = [link for link in self.layout.links if link.right.layer == index]
+            arrivals = self.choose_arrivals(links)
+            column = self.draw_channel(links, arrivals, column)
             for item in layer:
                 if item.stage:
                     self.draw_box(item, column, width)
-                else:
-                    self.draw_bend(item, arrivals[item], column, width)
+            for link in links:
+                if not link.right.stage:
+                    self.draw_bend(link.right, arrivals[link], column, width)
             column += width
         return self.render(ascii_only)
 
+    def num_rows(self, item: Item) -> int:
+        """Rows inside a box: of any three, at most one is unfit for a line that arrives (see choose_arrivals)."""
+        num_links = sum(link.right == item for link in self.layout.links)
+        return max(2, math.ceil(1.5 * num_links))
+
     def place_rows(self) -> dict[Item, int]:
-        """Row on which each item's line leaves it; layers are centred on each other."""
-        heights = [sum(_height(item) + GAP_ROWS for item in layer) - GAP_ROWS for layer in self.layout.layers]
+        """Row on which each item's line leaves it, at least three apart; layers are centred on each other."""
+        heights = {
+            item: self.num_rows(item) + (2 if item.stage else 0) for layer in self.layout.layers for item in layer
+        }
+        totals = [sum(heights[item] + GAP_ROWS for item in layer) - GAP_ROWS for layer in self.layout.layers]
         rows = {}
-        for layer, height in zip(self.layout.layers, heights, strict=True):
-            top = (max(heights) - height) // 2
+        for layer, total in zip(self.layout.layers, totals, strict=True):
+            top = (max(totals) - total) // 2
             for item in layer:
                 rows[item] = top + (1 if item.stage else 0)
-                top += _height(item) + GAP_ROWS
+                top += heights[item] + GAP_ROWS
         return rows
 
-    def draw_channel(self, layer: int, column: int) -> tuple[dict[Item, int], int]:
-        """The lines between two layers; returns the row on which each item is reached, and the next free column."""
-        links = [link for link in self.layout.links if link.right.layer == layer]
-        targets: dict[Item, list[Item]] = {}
-        sources: dict[Item, list[Item]] = {}
+    def choose_arrivals(self, links: list[Link]) -> dict[Link, int]:
+        """A row of its own for every line that ends: straight where it can, never where another line leaves."""
+        leaving = {self.rows[link.left] for link in links}
+        arrivals: dict[Link, int] = {}
+        for right in dict.fromkeys(link.right for link in links):
+            mine = sorted((link for link in links if link.right == right), key=lambda link: self.rows[link.left])
+            inside = range(self.rows[right], self.rows[right] + self.num_rows(right))
+            arrivals |= self.in_order(mine, inside, leaving) or self.straight_first(mine, inside, leaving)
+        return arrivals
+
+    def in_order(self, links: list[Link], inside: range, leaving: set[int]) -> dict[Link, int] | None:
+        """Rows from top to bottom as the lines come, so that they need not cross; None when the rows run out."""
+        found: dict[Link, int] = {}
+        last = inside.start - 1
         for link in links:
-            targets.setdefault(link.left, []).append(link.right)
-            sources.setdefault(link.right, []).append(link.left)
-        leaving = {self.rows[left]: left for left in targets}
-        arrivals = {}
-        for right, lefts in sources.items():
-            row = self.rows[right]
-            other = leaving.get(row)
-            is_own = other is None or lefts == [other] or (other in lefts and targets[other] == [right])
-            arrivals[right] = row if is_own else row + 1  # no line leaves on that row: items are further apart
-        bent = [left for left in targets if any(arrivals[right] != self.rows[left] for right in targets[left])]
-        bent.sort(key=lambda left: self.rows[left])
-        tracks = {left: column + 2 + 2 * index for index, left in enumerate(bent)}
-        end = column + 2 * len(bent) + 5
+            straight = self.rows[link.left]
+            rest = (row for row in inside if row > last and row not in leaving)
+            row = straight if straight in inside and straight > last else next(rest, None)
+            if row is None:
+                return None
+            found[link] = last = row
+        return found
+
+    def straight_first(self, links: list[Link], inside: range, leaving: set[int]) -> dict[Link, int]:
+        """Straight lines where they can be; the rest in the rows that are left, of which there are enough."""
+        found = {link: self.rows[link.left] for link in links if self.rows[link.left] in inside}
+        free = iter(row for row in inside if row not in leaving)
+        return found | {link: next(free) for link in links if link not in found}
+
+    def draw_channel(self, links: list[Link], arrivals: dict[Link, int], column: int) -> int:
+        """The lines between two layers; returns the next free column."""
+        spans: dict[Item, tuple[int, int]] = {}
+        for left in dict.fromkeys(link.left for link in links):
+            rows = [self.rows[left], *(arrivals[link] for link in links if link.left == left)]
+            if min(rows) != max(rows):
+                spans[left] = (min(rows), max(rows))
+        tracks: list[list[tuple[int, int]]] = []
+        columns = {}
+        for left, span in sorted(spans.items(), key=lambda item: item[1]):
+            place = next((index for index, track in enumerate(tracks) if track[-1][1] + 1 < span[0]), len(tracks))
+            tracks[place : place + 1] = [[*(tracks[place] if place < len(tracks) else []), span]]
+            columns[left] = column + 2 + 2 * place
+        end = column + (2 * len(tracks) + 5 if links else 0)
         for link in links:
-            self.draw_link(link, arrivals[link.right], column, tracks.get(link.left, column), end)
-        return arrivals, end
+            self.draw_link(link, arrivals[link], column, columns.get(link.left, column), end)
+        return end
 
     def draw_link(self, link: Link, arrival: int, start: int, track: int, end: int) -> None:
         source, row = link.left.source, self.rows[link.left]
@@ -217,11 +249,13 @@ class _Canvas:
 
     def draw_box(self, item: Item, column: int, width: int) -> None:
         top, right = self.rows[item] - 1, column + width - 1
-        for row, text in enumerate(self.labels[item.stage], start=top + 1):
+        bottom = top + self.num_rows(item) + 1
+        name, what = self.labels[item.stage]
+        for row, text in enumerate([name, what, *[""] * (bottom - top - 3)], start=top + 1):
             for offset, char in enumerate(f" {text} ".ljust(width - 2), start=column + 1):
                 self.text[row, offset] = char + (char if char.isascii() else "?")
             self.text[row, column] = self.text[row, right] = "\u2502|"
-        for row, corners in ((top, (DOWN | RIGHT, DOWN | LEFT)), (top + BOX_ROWS - 1, (UP | RIGHT, UP | LEFT))):
+        for row, corners in ((top, (DOWN | RIGHT, DOWN | LEFT)), (bottom, (UP | RIGHT, UP | LEFT))):
             for offset in range(column + 1, right):
                 self.mark("", row, offset, LEFT | RIGHT)
             self.mark("", row, column, corners[0])
@@ -252,16 +286,7 @@ class _Canvas:
         return "\n".join(lines)
 
 
-def _height(item: Item) -> int:
-    return BOX_ROWS if item.stage else BEND_ROWS
-
-
 def _line_char(masks: dict[str, int]) -> str:
-    """Lines that merely cross do not join: the upright one is drawn whole."""
-    found = set(masks.values())
-    if found == {UP | DOWN, LEFT | RIGHT}:
-        return _PAIRS[UP | DOWN]
-    union = 0
-    for mask in found:
-        union |= mask
-    return _PAIRS[union]
+    """Two lines in one cell cross, and the upright one is drawn whole."""
+    assert len(masks) == 1 or sorted(masks.values()) == [UP | DOWN, LEFT | RIGHT]
+    return LINE_CHARS[min(masks.values())]

@@ -232,9 +232,7 @@ def _write_video(video: Video, part: str, suffix: str, sound: Audio | None) -> N
 
     frames = [Image.fromarray(frame) for frame in video.frames]
     form = "GIF" if suffix == ".gif" else "WEBP"
-    frames[0].save(
-        part, format=form, save_all=True, append_images=frames[1:], duration=round(1000 / video.fps), loop=0
-    )
+    frames[0].save(part, format=form, save_all=True, append_images=frames[1:], duration=round(1000 / video.fps), loop=0)
 
 
 def _write_mp4(video: Video, part: str, sound: Audio | None) -> None:
@@ -255,9 +253,9 @@ def _write_mp4(video: Video, part: str, sound: Audio | None) -> None:
         container.mux(stream.encode())
         if track is not None and sound is not None:
             samples = np.ascontiguousarray(sound.samples, dtype=np.float32)
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=LAYOUTS[len(samples)])
-            frame.sample_rate = sound.rate
-            container.mux(track.encode(frame))
+            audio = av.AudioFrame.from_ndarray(samples, format="fltp", layout=LAYOUTS[len(samples)])
+            audio.sample_rate = sound.rate
+            container.mux(track.encode(audio))
             container.mux(track.encode())
 
 

@@ -189,7 +189,7 @@ class _Resolver:
         return Graph(self.spec, self.base_dir, self.ports, order, self.bindings, self.outputs, inputs)
 
     def wrong(self, path: str, message: str) -> None:
-        self.mistakes.append(Mistake(_one_line(path), _one_line(message)))
+        self.mistakes.append(Mistake(path, message))
 
     def sources(self, stage: str) -> list[FromRequest | FromStage]:
         return [source for binding in self.bindings[stage].values() for source in sources_of(binding)]
@@ -387,10 +387,6 @@ class _Resolver:
             kind if kinds.count(kind) == 1 and kind not in stages else source.stage: source
             for kind, source in zip(kinds, last, strict=True)
         }
-
-
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -323,7 +323,11 @@ def _list_gpus() -> tuple[Gpu, ...]:
 
 def _parse_smi(text: str, visible: str | None) -> tuple[Gpu, ...]:
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
-    sizes = {row[0]: int(row[3]) * MIB if row[3].isdigit() else 0 for row in rows}  # "[N/A]" on shared memory
-    gpus = {key: Gpu(row[2], sizes[row[0]]) for row in rows for key in (row[0], row[1])}
-    wanted = [row[0] for row in rows] if visible is None else [item.strip() for item in visible.split(",")]
-    return tuple(gpus[item] for item in wanted if item in gpus)
+    gpus = []
+    for wanted in [row[0] for row in rows] if visible is None else visible.split(","):
+        key = wanted.strip()
+        row = next((row for row in rows if row[0] == key or (key.startswith("GPU-") and row[1].startswith(key))), None)
+        if row is None:  # CUDA sees none from the first one on that is not there
+            break
+        gpus.append(Gpu(row[2], int(row[3]) * MIB if row[3].isdigit() else 0))  # "[N/A]" where it is the host's memory
+    return tuple(gpus)

@@ -120,9 +120,21 @@ class _Converter:
             return self.wrong(value, wanted, path)
 
     def wrong(self, value: Value, wanted: Any, path: str) -> _Bad:
+        field, tags = _tags(wanted)
+        if field and isinstance(value.content, dict):
+            return self.wrong_tag(value, field, tags, path)
         info = inspect.type_info(wanted)
         near = nearest(value.content, _choices(info)) if isinstance(value.content, str) else ""
         self.notes.add(value.place, path, f"expected {type_words(info)}, got {show(value.content)}{near}")
+        return _BAD
+
+    def wrong_tag(self, value: Value, field: str, tags: list[str], path: str) -> _Bad:
+        tag = value.entry(field)
+        if tag is None:
+            self.notes.add(value.key_place, path, f"missing key '{field}' (one of: {', '.join(tags)})")
+        else:
+            told = f"expected one of {', '.join(tags)}, got {show(tag.content)}{nearest(str(tag.content), tags)}"
+            self.notes.add(tag.place, join_path(path, field), told)
         return _BAD
 
     def stage(self, value: Value, path: str) -> Any:
@@ -164,6 +176,9 @@ class _Converter:
             if key not in allowed:
                 told = f"unknown key{nearest(key, allowed)} (allowed: {', '.join(sorted(allowed))})"
                 self.notes.add(item.key_place, join_path(path, key), told)
+        tag = content.get(tag_field) if tag_field else None
+        if tag is not None and tag.content != kind.__struct_config__.tag:
+            self.wrong_tag(value, str(tag_field), [str(kind.__struct_config__.tag)], path)
         for key, field in fields.items():
             if field.required and key not in content:
                 self.notes.add(value.key_place, path, f"missing key '{key}'")
@@ -206,15 +221,21 @@ def _matching(value: Value, wanted: Any) -> Any:
         return next((member for member in members if typing.get_origin(member) is list), wanted)
     if isinstance(value.content, dict):
         found = [member for member in members if _is_struct(member)]
-        tagged = [member for member in found if _has_tag(value.content, member)]
+        tagged = [member for member in found if _tag_fits(value.content, member)]
         mappings = [member for member in members if typing.get_origin(member) is dict]
         return (tagged or (found if len(found) == 1 else []) or mappings or [wanted])[0]
     return wanted
 
 
-def _has_tag(content: dict[str, Value], kind: Any) -> bool:
+def _tag_fits(content: dict[str, Value], kind: Any) -> bool:
     config = kind.__struct_config__
     return config.tag_field in content and content[config.tag_field].content == config.tag
+
+
+def _tags(wanted: Any) -> tuple[str, list[str]]:
+    """The key that tells the members of a union apart, and its values; empty for other types."""
+    configs = [kind.__struct_config__ for kind in typing.get_args(wanted) if _is_struct(kind)]
+    return next((config.tag_field or "" for config in configs), ""), [str(config.tag) for config in configs]
 
 
 def _choices(info: inspect.Type) -> list[str]:

@@ -254,7 +254,7 @@ def place_cpus(claims: Sequence[CpuClaim], cores: Sequence[float]) -> dict[str, 
     for claim in sorted(claims, key=lambda claim: (claim.node is None, claim.cpus is None, -(claim.cpus or 0))):
         nodes[claim.process] = node = _choose_node(claim, cores, asked, planned)
         if claim.reserves:
-            asked[node] += claim.cpus or 0
+            asked[node] += _asked(claim)
             planned[node] += claim.cpus is None
     shares = {}
     for claim in claims:
@@ -266,7 +266,7 @@ def place_cpus(claims: Sequence[CpuClaim], cores: Sequence[float]) -> dict[str, 
                 f"process '{claim.process}': the other stages reserve {asked[node]:g} of {cores[node]:g} cores of its "
                 "node and leave none: lower resources.cpus"
             )
-        cpus = planned_cpus if claim.cpus is None else max(claim.cpus, SMALLEST_CPUS)
+        cpus = planned_cpus if claim.cpus is None else _asked(claim)
         side_by_side = 1 + sum(nodes[rival] == node for rival in claim.rivals)
         part = min(1 / side_by_side, claim.gpu_part or 1.0)
         threads = int(claim.cpus or cores[node] * part)
@@ -281,7 +281,7 @@ def _choose_node(claim: CpuClaim, cores: Sequence[float], asked: Sequence[float]
         roomy = [node for node in range(len(cores)) if free[node] >= 1]
         fallback = max(range(len(cores)), key=lambda node: free[node])
         return claim.node if claim.node is not None else (roomy or [fallback])[0]
-    fits = [node for node in range(len(cores)) if cores[node] - asked[node] >= claim.cpus]
+    fits = [node for node in range(len(cores)) if cores[node] - asked[node] >= _asked(claim) - 1e-6]
     if claim.node is not None and claim.reserves:
         fits = [node for node in fits if node == claim.node]
     if not claim.reserves:
@@ -293,3 +293,7 @@ def _choose_node(claim: CpuClaim, cores: Sequence[float], asked: Sequence[float]
             "stages may reserve: lower resources.cpus"
         )
     return fits[0]
+
+
+def _asked(claim: CpuClaim) -> float:
+    return 0.0 if claim.cpus is None else max(claim.cpus, SMALLEST_CPUS)

@@ -83,12 +83,12 @@ def check_files(files_of: dict[str, list[SourceFile]]) -> None:
         for file in files:
             if digest_file(file.path) != file.sha256:
                 raise UsageError(
-                    f"{file.path} is not the file that the picture was made from; give --input {name}=FILE to use another"
+                    f"{file.path} is not the file that the picture was made from; use another with --input {name}=FILE"
                 )
 
 
 def needs_trust(recipe: Recipe) -> list[str]:
-    """What in the recipe could run code or send a key somewhere, as dotted paths: a picture may come from a stranger."""
+    """What in the recipe could run code or send a key somewhere: the picture may come from a stranger."""
     stages = recipe.graph.get("stages")
     found = []
     for name, stage in stages.items() if isinstance(stages, dict) else ():

@@ -39,8 +39,8 @@ class Place(msgspec.Struct, frozen=True):
         return Place(self.file, line, column) if self.line else self
 
     def mistake(self, path: str, message: str) -> Mistake:
-        """A mistake at this place."""
-        return Mistake(path, message, self.file, self.line, self.column)
+        """A mistake at this place, on one line whatever names it quotes."""
+        return Mistake(_one_line(path), _one_line(message), self.file, self.line, self.column)
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -131,8 +131,8 @@ def read_data(content: Any, notes: Notes, path: str = "", depth: int = 0) -> Val
 
 
 def dump(document: dict[str, Any]) -> str:
-    """A plain document as YAML text that reads back as the same document."""
-    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """A plain document as ASCII YAML text that reads back as the same document."""
+    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)
     return text
 
 
@@ -154,6 +154,10 @@ def show(content: Any) -> str:
         return "a huge number"
     text = repr(content)
     return text if len(text) <= 60 else f"{text[:56]}...{text[0]}"
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML ships no types

@@ -304,7 +304,7 @@ def check_processes(found: Plan, stages: dict[str, ModelSpec]) -> None:
 def check_cpus(found: Plan) -> None:
     for node in found.hardware.nodes:
         here = [process for process in found.processes if process.node == node.name]
-        assert sum(process.cpus for process in here) <= node.cpus + 0.011 * len(here)
+        assert sum(process.cpus for process in here) <= node.cpus + 1e-6
         assert all(1 <= process.num_threads <= max(1, node.cpus) for process in here if process.kind == "actor")
     assert all(process.cpus > 0 for process in actors(found))
     assert found.process(DRIVER).cpus == 0

@@ -11,7 +11,6 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -53,13 +52,12 @@ def measure(args: argparse.Namespace) -> Report:
         bare = thread.submit(_load_bare, omni, spec).result()
         for turn in range(args.warmup + args.repeat):
             prompt, seed = _random_prompt(), random.randrange(2**32)
-            sides: list[tuple[str, Callable[[], tuple[float, Any]]]] = [
-                (BARE, lambda p=prompt, s=seed: thread.submit(_time_bare, bare, spec.call, p, s).result()),
-                (OMNI, lambda p=prompt, s=seed: _time_omni(omni, p, s)),
-            ]
             images = {}
-            for name, run in sides if turn % 2 else reversed(sides):
-                took, images[name] = run()
+            for name in (BARE, OMNI) if turn % 2 else (OMNI, BARE):
+                if name == BARE:
+                    took, images[name] = thread.submit(_time_bare, bare, spec.call, prompt, seed).result()
+                else:
+                    took, images[name] = _time_omni(omni, prompt, seed)
                 if turn >= args.warmup:
                     seconds[name].append(took)
             correct = correct and _equal(images[BARE], images[OMNI])
@@ -90,7 +88,7 @@ def _load_bare(omni: Omni, spec: DiffusionSpec) -> Any:
     options = {"revision": spec.revision, "variant": spec.variant, "trust_remote_code": spec.trust_remote_code}
     given = {name: value for name, value in options.items() if value}
     pipeline = loader.from_pretrained(
-        resolve_model_path(spec.model, omni.graph.base_dir), torch_dtype=dtype, use_safetensors=True, **given
+        resolve_model_path(spec.model, omni.graph.base_dir), dtype=dtype, use_safetensors=True, **given
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

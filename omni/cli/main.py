@@ -26,9 +26,6 @@ COMMANDS = {
 class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
-    def __init__(self, *names: Any, **options: Any) -> None:
-        super().__init__(*names, nargs=0, **options)
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import omni
 
@@ -39,7 +36,7 @@ class _Version(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the `omni` command with all its subcommands."""
     parser = argparse.ArgumentParser(prog="omni", description="Run graphs of generative models from YAML files.")
-    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"omni.cli.{name}")

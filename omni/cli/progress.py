@@ -1,4 +1,4 @@
-"""What a person sees while `omni run` works, on stderr: bars in a terminal, now and then a line elsewhere, or nothing."""
+"""What a person sees while `omni run` works: bars in a terminal, now and then a line elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,12 @@ class BarView(View):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+        )
         self._bars: Progress = Progress(*columns, console=Console(file=stream), transient=True)
         self._lock = threading.Lock()
         self._tasks: dict[str, TaskID] = {}

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an input of the graph: text, JSON, or a file for pictures, clips, sounds and tensors; "
         "given again for the same name, the values make a list",
     )
-    inputs.add_argument("--prompts", metavar="FILE", help="one prompt per line (- is stdin; blank lines and # are skipped)")
+    inputs.add_argument(
+        "--prompts", metavar="FILE", help="one prompt per line (- is stdin; blank lines and # are skipped)"
+    )
     inputs.add_argument("--seed", metavar="N", type=int, help="makes the run repeatable; drawn at random when left out")
     inputs.add_argument("--n", metavar="N", type=int, default=1, help="runs per prompt, with seeds SEED, SEED+1, ...")
     inputs.add_argument("--trust", action="store_true", help="run a picture whose graph names code or keys of its own")
@@ -65,10 +67,6 @@ def command(args: argparse.Namespace) -> int:
         with open_view(args.quiet, sys.stderr) as view:
             work = Work(view, args.events)
             job = prepare(args, work.loading)
-            if job.omni.plan.runner == "ray":
-                import ray  # noqa: F401  (importing it takes over SIGTERM, so that is done before install)
-
-                interrupts.install()
             try:
                 outcomes = asyncio.run(interrupts.guard(work.run(job)))
             except asyncio.CancelledError:

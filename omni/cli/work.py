@@ -88,5 +88,6 @@ class Work:
 def texts_of(result: Result) -> tuple[str, ...]:
     """The outputs that are printed: text as it is, JSON on one line."""
     items = [item for value in result.outputs.values() for item in items_of(value) if kind_of(item) in PRINTED]
-    return tuple(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=repr) for item in items)
-
+    return tuple(
+        item if isinstance(item, str) else json.dumps(item, ensure_ascii=False, default=repr) for item in items
+    )

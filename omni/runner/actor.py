@@ -1,29 +1,32 @@
 """The Ray actor: a thin asynchronous shell around LocalProcess, one per process of the plan.
 
-`setup` and `run` are streaming generators. What happened to the stages comes as a last item, never as an exception,
-so that only deaths and Ray's own troubles reach the driver as errors. A payload is an item of its own, which the
-driver passes on as a reference without reading it.
+`setup` and `run` are streaming generators. A stage's failure comes as their last item, not as an exception, so that only
+deaths and what cannot be sent reach the driver as errors. A payload is an item of its own, which the driver passes on
+as a reference without reading it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
-from omni.errors import OmniError, RequestAborted
-from omni.messages import Message, Payload
+from omni.errors import RequestAborted
+from omni.messages import LoadProgress, Message, Payload
 from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
 from omni.transport import object_store
 
+MAX_EARLY_ABORTS = 1000
+"""Aborts that came before their runs; most of these runs will come, and the oldest are forgotten."""
+
 
 class Header(Message, frozen=True, kw_only=True):
-    """The run has ended well; when `sent` the payload is the next and last item."""
+    """Last item of a run that ended well. When the call says `send`, the payload comes before it."""
 
     produced_at: float
-    sent: bool
 
 
 class Vitals(Message, frozen=True, kw_only=True):
@@ -37,60 +40,62 @@ class Vitals(Message, frozen=True, kw_only=True):
 
 
 class StageActor:
-    """Hosts the stages of one process. Ray makes an actor of it in omni.runner.ray_runner."""
+    """Hosts the stages of one process. omni.runner.actor_process makes a Ray actor of it."""
 
     def __init__(self, launches: tuple[StageLaunch, ...], num_threads: int) -> None:
         _limit_threads(num_threads)
         self._local = LocalProcess(launches)
         self._runs: dict[int, _Run] = {}
-        self._aborted: dict[int, None] = {}
-        """Runs whose abort came before they did; in order, so that stale ones can be dropped."""
+        self._early_aborts: dict[int, None] = {}
 
-    async def setup(self) -> AsyncGenerator[Any, None]:
-        """Loading progress, then None or the error."""
+    async def setup(self) -> AsyncGenerator[LoadProgress | Exception | None, None]:
+        """Loading progress; last the error, or None."""
+        loop = asyncio.get_running_loop()
         feed = _Feed()
 
         async def work() -> None:
-            await self._local.setup(feed.put)
+            await self._local.setup(lambda progress: _put_from_thread(loop, feed, progress))
 
-        async for item in feed.items(work):
-            yield item
+        async with contextlib.aclosing(feed.items(work())) as items:
+            async for item in items:
+                yield item
 
     async def run(self, number: int, call: RunCall, *sent: Payload) -> AsyncGenerator[Any, None]:
-        """Events, then a Header and the payload, or the error. `number` is the run's own, for `abort`."""
-        run = self._runs[number] = _Run(call)
-        run.aborted = number in self._aborted
-        self._aborted.pop(number, None)
+        """Events, the payload when the call says `send`, and a Header; or last the error.
+
+        `number` is the run's own; `abort` takes it.
+        """
+        run = self._runs[number] = _Run(call, aborted=number in self._early_aborts)
+        self._early_aborts.pop(number, None)
         try:
-            async for item in run.feed.items(lambda: self._run(run, sent)):
-                if isinstance(item, Produced):
-                    yield Header(produced_at=item.produced_at, sent=call.send)
-                    if call.send:
-                        payload = await asyncio.to_thread(object_store.to_host, item.payload)
-                        object_store.install()
-                        yield payload
-                    return
-                yield item
+            async with contextlib.aclosing(run.feed.items(self._work(run, sent))) as items:
+                async for item in items:
+                    if isinstance(item, Produced):
+                        if call.send:
+                            yield await asyncio.to_thread(_ready_to_send, item.payload)
+                        yield Header(produced_at=item.produced_at)
+                        return
+                    yield item
         finally:
             del self._runs[number]
 
-    async def _run(self, run: _Run, sent: tuple[Payload, ...]) -> None:
+    async def _work(self, run: _Run, sent: tuple[Payload, ...]) -> None:
         if run.aborted:
             raise RequestAborted(run.call.request_id)
-        # No suspension from here until the stage knows the request, so that an abort finds it.
+        # Nothing suspends between this and the stage's own run, so that an abort finds either the flag or the stage.
         async for item in self._local.run(run.call, sent):
             run.feed.put(item)
 
     async def abort(self, number: int) -> None:
-        """Make a run stop, now or when it arrives."""
+        """Make a run stop, or not begin when it has yet to arrive."""
         run = self._runs.get(number)
-        if run is None:
-            self._aborted[number] = None
-            while len(self._aborted) > MAX_EARLY_ABORTS:
-                del self._aborted[next(iter(self._aborted))]
+        if run is not None:
+            run.aborted = True
+            await self._local.abort(run.call.request_id, run.call.stage)
             return
-        run.aborted = True
-        await self._local.abort(run.call.request_id, run.call.stage)
+        self._early_aborts[number] = None
+        while len(self._early_aborts) > MAX_EARLY_ABORTS:
+            del self._early_aborts[next(iter(self._early_aborts))]
 
     async def free(self, request_id: str, stage: str) -> None:
         """Drop a payload that was kept here."""
@@ -114,54 +119,59 @@ class StageActor:
         await self._local.teardown()
 
 
-MAX_EARLY_ABORTS = 1000
-
-
 class _Run:
     """One run inside the actor."""
 
-    def __init__(self, call: RunCall) -> None:
+    def __init__(self, call: RunCall, aborted: bool) -> None:
         self.call = call
-        self.aborted = False
+        self.aborted = aborted
         self.feed = _Feed()
 
 
 class _Feed:
-    """Items on their way out of the actor: work goes on while Ray sends the ones before."""
+    """Items on their way out of the actor: the work goes on while Ray sends the ones before."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
 
     def put(self, item: Any) -> None:
-        """Append one item; from any thread."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        """Append one item."""
+        self._queue.put_nowait(item)
 
-    async def items(self, work: Callable[[], Awaitable[None]]) -> AsyncGenerator[Any, None]:
-        """What `work` puts, then the OmniError it raised, or None when it raised none."""
-
-        async def whole() -> None:
-            error: OmniError | None = None
-            try:
-                await work()
-            except OmniError as raised:
-                raised.__cause__ = raised.__context__ = None
-                error = raised.with_traceback(None)  # its frames would hold the inputs
-            self.put(error)
-
-        task = self._loop.create_task(whole())
+    async def items(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[Any, None]:
+        """What `work` puts; last the exception it raised, or None when it raised none."""
+        task = asyncio.get_running_loop().create_task(self._watched(work))
         try:
             while True:
                 item = await self._queue.get()
                 yield item
-                if item is None or isinstance(item, OmniError):
+                if item is None or isinstance(item, Exception):
                     return
         finally:
             task.cancel()
 
+    async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
+        error: Exception | None = None
+        try:
+            await work
+        except Exception as raised:  # the actor's edge: every end of the work is told
+            raised.__cause__ = raised.__context__ = None
+            error = raised.with_traceback(None)  # its frames would keep the inputs in memory
+        self.put(error)
+
+
+def _put_from_thread(loop: asyncio.AbstractEventLoop, feed: _Feed, item: Any) -> None:
+    loop.call_soon_threadsafe(feed.put, item)
+
+
+def _ready_to_send(payload: Payload) -> Payload:
+    payload = object_store.to_host(payload)
+    object_store.install()
+    return payload
+
 
 def _limit_threads(num_threads: int) -> None:
-    """Kernel threads of this process; 0 leaves the libraries' default. Ray presets OMP_NUM_THREADS to 1."""
+    """Kernel threads of this process; 0 leaves the libraries' default, where Ray would set 1."""
     if num_threads:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
     else:

@@ -43,6 +43,9 @@ class StageProcess(ABC):
     async def setup(self, report: Report) -> None:
         """Bring up the process and all its stages."""
 
+    async def ready(self, request_id: str, stage: str) -> None:
+        """Wait until a run may begin, outside its deadline; a dead process is replaced. `abort` ends the wait too."""
+
     @abstractmethod
     def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
         """Run one stage: events, then what was delivered. `sent` are the `ref`s that the call's ports index."""
@@ -119,7 +122,7 @@ class Runner(ABC):
         waits = [state.over.wait() for state in self._requests.values()]
         if waits:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*waits), timeout=self._longest_abort())
+                await asyncio.wait_for(asyncio.gather(*waits), timeout=self._stop_grace())
         processes, self._processes = self._processes, {}
         await asyncio.gather(*(process.teardown() for process in processes.values()), return_exceptions=True)
         for task in list(self._tasks):
@@ -207,6 +210,7 @@ class Runner(ABC):
     async def _drive(self, state: _RequestState, stage: str) -> Delivered:
         process = self._processes[self._process_of[stage]]
         seconds = self.graph.spec.stages[stage].timeouts.run_seconds
+        await process.ready(state.request.id, stage)
         call, sent = self._build_call(state, stage)
         loop = asyncio.get_running_loop()
         overdue = False
@@ -316,6 +320,7 @@ class Runner(ABC):
             inputs=inputs,
             needed_ports=self._needed_ports(stage),
             keep=home in readers,
+            send=bool(readers - {home}) or stage in self.graph.output_stages(),
         )
         return call, tuple(state.payloads[source].ref for source in sent)
 
@@ -324,7 +329,8 @@ class Runner(ABC):
         sources = [source for source in (*edges, *self.graph.outputs.values()) if source.stage == stage]
         return tuple(dict.fromkeys(source.port for source in sources))
 
-    def _longest_abort(self) -> float:
+    def _stop_grace(self) -> float:
+        """How long `stop` waits for aborted runs to end, in seconds."""
         return max(spec.timeouts.abort_seconds for spec in self.graph.spec.stages.values())
 
     def _launches(self, process: str) -> tuple[StageLaunch, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from omni.errors import RequestAborted, StageError, StageSetupError, StageTimeoutError
+from omni.errors import RequestAborted, StageDiedError, StageError, StageSetupError, StageTimeoutError
 from omni.messages import (
     Event,
     HopFinished,
@@ -77,6 +77,8 @@ class RunCall(Message, frozen=True, kw_only=True):
     """Output ports that someone will read."""
     keep: bool
     """Hold the payload here, for readers in this process."""
+    send: bool = True
+    """Readers elsewhere, or the caller, want the payload."""
 
 
 class Produced(Message, frozen=True, kw_only=True):
@@ -117,7 +119,7 @@ class LocalProcess:
                 name, f"was not ready after {seconds:g} s", f"raise stages.{name}.timeouts.setup_seconds"
             ) from error
         except Exception as error:
-            raise StageSetupError(name, _one_line(error), details=traceback.format_exc()) from error
+            raise StageSetupError(name, one_line(error), details=traceback.format_exc()) from error
 
     async def run(self, call: RunCall, sent: tuple[Payload, ...] = ()) -> AsyncGenerator[Event | Produced, None]:
         """Run one stage for one request: events, then the payload.
@@ -160,7 +162,7 @@ class LocalProcess:
         except (StageError, RequestAborted):
             raise
         except Exception as error:
-            raise StageError(call.stage, _one_line(error), details=traceback.format_exc()) from error
+            raise StageError(call.stage, one_line(error), details=traceback.format_exc()) from error
         finally:
             await run.aclose()
 
@@ -172,7 +174,13 @@ class LocalProcess:
         if isinstance(source, Collected):
             parts = [self._resolve(call, port, part, sent, received_at) for part in source.parts]
             return [value for value, _ in parts], [hop for _, hops in parts for hop in hops]
-        payload = self._held[call.request_id, source.stage] if source.sent is None else sent[source.sent]
+        if source.sent is not None:
+            payload = sent[source.sent]
+        elif (call.request_id, source.stage) in self._held:
+            payload = self._held[call.request_id, source.stage]
+        else:
+            lost = f"its input from '{source.stage}' was lost when their process died"
+            raise StageDiedError(call.stage, lost, "ask again")
         value = payload[source.port]
         hop = HopFinished(
             request_id=call.request_id,
@@ -240,7 +248,8 @@ def _as_event(call: RunCall, item: StageItem) -> Event:
     raise TypeError(f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Output")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """`TypeError: what it says`, without line breaks."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

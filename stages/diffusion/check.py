@@ -33,10 +33,9 @@ def check(spec: DiffusionSpec, base_dir: str) -> list[Mistake]:
     """Faults of the model, the pipeline's name and the call that can be seen without loading the model."""
     folder = find_folder(spec, base_dir)
     mistakes = checkpoint_mistakes(spec, base_dir, folder)
-    if spec.pipeline and pipeline_names() and find_signature(spec.pipeline) is None and not spec.trust_remote_code:
-        hint = nearest(spec.pipeline, pipeline_names()) or "; take a class name from diffusers.pipelines"
-        mistakes.append(Mistake("pipeline", f"diffusers has no pipeline class '{spec.pipeline}'{hint}"))
-        return mistakes
+    name = pipeline_name(spec, folder)
+    if name and pipeline_names() and find_signature(name) is None and not spec.trust_remote_code:
+        return [*mistakes, _unknown_pipeline(name, "pipeline" if spec.pipeline else "model")]
     return mistakes + call_mistakes(spec.call, _known_signature(spec, folder))
 
 
@@ -69,6 +68,15 @@ def _constant_fault(parameter: Parameter, value: Any) -> str:
     if kind in ("image", "video", "audio", "tensor") and value is not None:
         return f"a graph file cannot hold this {kind}; send it with the request, or wire it in the stage's inputs"
     return value_fault(parameter, value)
+
+
+def _unknown_pipeline(name: str, path: str) -> Mistake:
+    remedy = nearest(name, pipeline_names()) if path == "pipeline" else " (named in its model_index.json)"
+    return Mistake(
+        path,
+        f"diffusers has no pipeline class '{name}'{remedy}; take a class of diffusers.pipelines, or set "
+        "trust_remote_code: true to run code that comes with the model",
+    )
 
 
 def _known_signature(spec: DiffusionSpec, folder: Path | None) -> Signature | None:

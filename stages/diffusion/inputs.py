@@ -55,7 +55,7 @@ def _convert(parameter: Parameter, value: Any) -> Any:
 
 def _convert_one(name: str, kind: str, value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+        value = _tensor(value)
     if isinstance(value, torch.Tensor):
         return value
     if kind == "image" and isinstance(value, Image.Image):
@@ -65,12 +65,17 @@ def _convert_one(name: str, kind: str, value: Any) -> Any:
     if kind == "video" and isinstance(value, list) and all(isinstance(item, Image.Image) for item in value):
         return value
     if kind == "audio" and isinstance(value, Audio):
-        return torch.from_numpy(value.samples)
+        return _tensor(value.samples)
     if kind == "tensor" and isinstance(value, (int, float)):
         return value
     if kind in ("image", "tensor") and isinstance(value, (list, tuple)):
         return [_convert_one(name, kind, item) for item in value]
     raise ArgumentFault(f"'{name}' must be {_WANTED[kind]}, not {type(value).__name__}")
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor; a copy when it is read-only, which a tensor cannot be."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _place(value: Any, device: str, dtype: torch.dtype | None) -> Any:

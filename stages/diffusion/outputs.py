@@ -26,7 +26,7 @@ def output_type(outputs: Mapping[str, Port]) -> str:
 def build_payload(result: Any, signature: Signature, fps: float, rate: int | None) -> Payload:
     """The payload of a pipeline's `result`, by port. Fields that are no media are passed on as they are.
 
-    `fps` goes with a video, `rate` with audio. Raises ValueError when the pipeline gave none of its ports.
+    `fps` goes with a video, `rate` with audio. Raises ValueError when there is none of its ports, or no rate.
     """
     payload: Payload = {}
     for field, value in result.items():
@@ -39,7 +39,9 @@ def build_payload(result: Any, signature: Signature, fps: float, rate: int | Non
             case "video":
                 payload[port] = _one_or_list([Video(_frames(clip), fps) for clip in _clips(value)])
             case "audio":
-                payload[port] = _one_or_list([Audio(samples, rate or 0) for samples in _samples(value)])
+                if rate is None:
+                    raise ValueError(f"{signature.pipeline} gives sound, but no component names its sampling rate")
+                payload[port] = _one_or_list([Audio(samples, rate) for samples in _samples(value)])
             case _:
                 payload[port] = value
     if not payload:

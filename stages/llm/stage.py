@@ -29,6 +29,8 @@ LOAD_FAULTS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueErr
 BATCH_FAULTS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a model that it cannot load, or cannot batch."""
 PROBE_SECONDS = 120.0
+PROBE_LENGTHS = (2, 5)
+PROBE_TOKENS = 3
 ALIVE_SECONDS = 5.0
 """How often a waiting request looks whether its source of tokens is still there."""
 
@@ -143,32 +145,47 @@ class LlmStage(Stage):
         return frozenset(ends)
 
     async def _start_batch(self) -> ContinuousBatch | None:
-        """The continuous batch, if a first token comes out of it; else None, and requests run one after another."""
+        """The continuous batch, if it works with this model; else None, and requests run one after another."""
         if self._model.config._attn_implementation != "sdpa":
             return None  # the batch would switch the whole model to another attention, and the other source needs it
-        batch = None
         try:
             batch = ContinuousBatch(self._model, self._spec.sampling)
-            updates: asyncio.Queue[Update] = asyncio.Queue()
-            batch.submit("probe", [self._model.generation_config.pad_token_id], 1, 0, updates.put_nowait)
+        except BATCH_FAULTS as error:
+            self._warn(error)
+            return None
+        try:
             async with asyncio.timeout(PROBE_SECONDS):
-                while not (update := await self._next(updates, batch)).finished:
-                    pass
-            if update.error is not None:
-                raise update.error
-        except (*BATCH_FAULTS, StageError) as error:
-            log.warning("stage '%s': requests run one after another, no batching: %s", self.context.name, error)
-            if batch is not None:
-                await asyncio.to_thread(batch.stop)
+                await self._probe(batch)
+        except (*BATCH_FAULTS, TimeoutError, StageError) as error:
+            self._warn(error)
+            await asyncio.to_thread(batch.stop)
             return None
         return batch
+
+    async def _probe(self, batch: ContinuousBatch) -> None:
+        """Make a few tokens for prompts of different lengths at once; raises what the batch cannot do."""
+        waits: list[asyncio.Queue[Update]] = []
+        for length in PROBE_LENGTHS:
+            waits.append(asyncio.Queue())
+            prompt = [self._model.generation_config.pad_token_id] * length
+            batch.submit(f"probe/{length}", prompt, PROBE_TOKENS, 0, waits[-1].put_nowait)
+        for updates in waits:
+            while not (update := await self._next(updates, batch)).finished:
+                pass
+            if update.error is not None:
+                raise update.error
+
+    def _warn(self, error: BaseException) -> None:
+        log.warning("stage '%s': requests run one after another, no batching: %s", self.context.name, error)
 
     # Running ------------------------------------------------------------------------------------------------------
 
     def _source_for(self, num_tokens: int) -> TokenSource:
         assert self._one_by_one is not None, "run after setup"
-        fits = self._batch is not None and num_tokens <= self._batch.max_tokens
-        return self._batch if fits and self._batch is not None else self._one_by_one
+        batch = self._batch
+        if batch is not None and num_tokens <= batch.max_tokens and batch.is_alive():
+            return batch
+        return self._one_by_one
 
     def _prompt_ids(self, call: StageCall) -> list[int]:
         messages = build_messages(self._spec, call.inputs, self.context.name)

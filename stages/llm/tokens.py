@@ -142,7 +142,10 @@ class ContinuousBatch(TokenSource):
             use_async_batching=False,
             use_cuda_graph=False,
         )
-        self._batch = model.init_continuous_batching(continuous_batching_config=config)
+        generation = copy.deepcopy(model.generation_config)
+        if generation.eos_token_id is None:
+            generation.eos_token_id = -1  # what the batch takes for "none"
+        self._batch = model.init_continuous_batching(generation, config)
         self._live: set[str] = set()
         picker = Picker(sampling)
         self._seeded = not picker.is_plain

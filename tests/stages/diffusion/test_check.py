@@ -94,7 +94,7 @@ def test_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("call", "path", "message"),
     [
         ({"guidance_scal": 1}, "call.guidance_scal", "FluxPipeline takes no 'guidance_scal', did you mean 'guidance_"),
-        ({"zzz": 1}, "call.zzz", "FluxPipeline takes no 'zzz' (it takes: attention"),
+        ({"zzz": 1}, "call.zzz", "FluxPipeline takes no 'zzz' (it takes: guidance_scale, height, "),
         ({"generator": 1}, "call.generator", "cannot be set: Omni makes it from the request's seed"),
         ({"output_type": "np"}, "call.output_type", "cannot be set: Omni chooses the type that its output ports need"),
         ({"callback_on_step_end": 1}, "call.callback_on_step_end", "cannot be set: Omni reports progress and aborts"),
@@ -105,8 +105,7 @@ def test_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_call_mistakes(call: dict[str, Any], path: str, message: str, tmp_path: Path) -> None:
     fake_checkpoint(tmp_path / "flux")
     found = mistakes(DiffusionSpec(model="flux", call=call), tmp_path)
-    if not found[0][1].startswith("FluxPipeline"):
-        assert len(found) == 1
+    assert len(found) == 1
     assert found[0][0] == path
     assert found[0][1].startswith(message)
 
@@ -118,8 +117,20 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 
 
 def test_unknown_pipeline(tmp_path: Path) -> None:
-    found = mistakes(DiffusionSpec(model="owner/name", pipeline="FluxPipline", call={"x": 1}), tmp_path)
-    assert found == [("pipeline", "diffusers has no pipeline class 'FluxPipline', did you mean 'FluxPipeline'?")]
+    ((path, message),) = mistakes(DiffusionSpec(model="owner/name", pipeline="FluxPipline", call={"x": 1}), tmp_path)
+    assert path == "pipeline"
+    assert message.startswith("diffusers has no pipeline class 'FluxPipline', did you mean 'FluxPipeline'?; take a ")
+
+
+def test_pipeline_that_comes_with_the_model(tmp_path: Path) -> None:
+    fake_checkpoint(tmp_path / "own", "OwnPipeline")
+    ((path, message),) = mistakes(DiffusionSpec(model="own"), tmp_path)
+    assert path == "model"
+    assert "no pipeline class 'OwnPipeline' (named in its model_index.json)" in message
+    assert "trust_remote_code: true" in message
+    trusted = DiffusionSpec(model="own", trust_remote_code=True)
+    assert mistakes(trusted, tmp_path) == []
+    assert ports(trusted, str(tmp_path)).open_inputs
 
 
 @pytest.mark.parametrize("model", ["./flx", "../x/flx", "/nowhere/flx", "a/b/flx", "~/no/such/flx"])

@@ -78,7 +78,7 @@ def test_same_as_the_bare_pipeline(
     family: str, loaded: Callable[[str], DiffusionStage], checkpoint: Callable[[str], Path]
 ) -> None:
     recipe = tiny.FAMILIES[family]
-    bare = getattr(diffusers, recipe.pipeline or recipe_class(family)).from_pretrained(
+    bare = getattr(diffusers, recipe.pipeline or recipe.saved).from_pretrained(
         checkpoint(family), **absent(checkpoint(family))
     )
     bare.set_progress_bar_config(disable=True)
@@ -95,10 +95,6 @@ def test_same_as_the_bare_pipeline(
     if recipe.port == "video":
         expected = (expected * 255).round().astype(np.uint8)
     np.testing.assert_array_equal(drawn, expected)
-
-
-def recipe_class(family: str) -> str:
-    return type(tiny.FAMILIES[family].build()).__name__
 
 
 def absent(folder: Path) -> dict[str, None]:

@@ -1,7 +1,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 import shutil
 import threading
 from collections.abc import AsyncGenerator
@@ -143,7 +142,9 @@ async def test_the_chat_template_is_used(plain_model: Path, chat_model: Path) ->
 
 async def test_a_chat_template_that_refuses(chat_model: Path) -> None:
     async with running(chat_model, system="be rude") as stage:
-        with pytest.raises(StageError, match=r"chat template refuses the messages: no such system \(leave `system` out"):
+        with pytest.raises(
+            StageError, match=r"chat template refuses the messages: no such system \(leave `system` out"
+        ):
             await text_of(stage)
 
 
@@ -186,24 +187,29 @@ async def test_an_empty_input(plain_model: Path, prompt: str) -> None:
             await text_of(stage, prompt)
 
 
-async def test_models_that_cannot_be_batched_run_one_by_one(
-    plain_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    import torch
-    from transformers import BloomConfig, BloomForCausalLM
+@pytest.mark.parametrize("family", ["Falcon", "Bloom"])
+async def test_models_that_cannot_be_batched_run_one_by_one(family: str, plain_model: Path, tmp_path: Path) -> None:
+    import transformers
 
     folder = tmp_path / "model"
-    shutil.copytree(plain_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
-    shutil.copy(plain_model / "tokenizer_config.json", folder)
-    torch.manual_seed(0)
-    BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(folder)
-    spec = LlmSpec(model=str(folder), sampling=SamplingSpec(max_new_tokens=4))
+    shutil.copytree(plain_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "gen*.json"))
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    spec = LlmSpec(model=str(folder), sampling=SAMPLED)
     stage = import_string(find_kind("llm").stage)(StageContext(name="rewrite", spec=spec, base_dir="."))
-    with caplog.at_level(logging.WARNING):
-        await stage.setup(lambda progress: None)
+    await stage.setup(lambda progress: None)
     assert stage._batch is None
-    assert await text_of(stage) == await text_of(stage)
+    assert await text_of(stage) == await text_of(stage) != ""
     await stage.teardown()
+
+
+async def test_requests_go_on_when_the_batch_has_died(plain_model: Path) -> None:
+    async with running(plain_model, sampling=SAMPLED) as stage:
+        expected = await text_of(stage)
+        await asyncio.to_thread(stage._batch.stop)
+        assert await text_of(stage) == expected
 
 
 async def test_loading_is_reported(plain_model: Path) -> None:
