@@ -253,7 +253,7 @@ class _Canvas:
         name, what = self.labels[item.stage]
         for row, text in enumerate([name, what, *[""] * (bottom - top - 3)], start=top + 1):
             for offset, char in enumerate(f" {text} ".ljust(width - 2), start=column + 1):
-                self.text[row, offset] = char + (char if char.isascii() else "?")
+                self.text[row, offset] = char + char
             self.text[row, column] = self.text[row, right] = "\u2502|"
         for row, corners in ((top, (DOWN | RIGHT, DOWN | LEFT)), (bottom, (UP | RIGHT, UP | LEFT))):
             for offset in range(column + 1, right):

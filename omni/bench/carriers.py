@@ -7,9 +7,12 @@ numbers each time, and the consumer checks what it got against the producer's ch
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Self
+
+from omni.errors import OmniError
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +142,11 @@ class QueueCarrier(Carrier):
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("spawn")
-        self._orders, self._results, carry = context.Queue(), context.Queue(), context.Queue()
-        ways = ((_queue_producer, (self._orders, carry, self._shared)), (_queue_consumer, (carry, self._results)))
+        self._orders, self._carry, self._results = context.Queue(), context.Queue(), context.Queue()
+        ways = (
+            (_queue_producer, (self._orders, self._carry, self._shared)),
+            (_queue_consumer, (self._carry, self._results)),
+        )
         self._processes = [context.Process(target=target, args=args, daemon=True) for target, args in ways]
         for process in self._processes:
             process.start()
@@ -153,7 +159,10 @@ class QueueCarrier(Carrier):
 
     def hop(self, num_bytes: int) -> tuple[float, bool]:
         self._orders.put(num_bytes)
-        result: tuple[float, bool] = self._results.get(timeout=HOP_SECONDS)
+        try:
+            result: tuple[float, bool] = self._results.get(timeout=HOP_SECONDS)
+        except queue.Empty as error:
+            raise OmniError(f"{self.name}: no answer within {HOP_SECONDS:g} s") from error
         return result
 
 

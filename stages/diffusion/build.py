@@ -14,18 +14,18 @@ import torch
 import transformers
 
 from omni.checkpoint import read_facts
-from omni.errors import StageSetupError
+from omni.errors import Mistake, StageSetupError
 from omni.messages import LoadProgress
 from omni.registry import CheckpointRef
 from omni.spec import DiffusionSpec
 from omni.stage import Report, StageContext
-from stages.diffusion.check import call_mistakes
+from stages.diffusion.check import call_mistakes, check
 from stages.diffusion.checkpoint import (
     absent_components,
-    checkpoint_mistakes,
     components,
     find_folder,
     has_variant,
+    is_path,
     pipeline_name,
     read_index,
 )
@@ -62,11 +62,11 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         # 2. The class and the dtype
         pipeline_class = _pipeline_class(spec, folder)
         dtype = choose_dtype(spec, device)
-        sizes = read_facts(CheckpointRef(str(folder), variant=spec.variant), context.base_dir).components
+        known = pipeline_class is not diffusers.DiffusionPipeline
+        sizes = read_facts(CheckpointRef(str(folder), variant=spec.variant), "").components if known else {}
         # 3. The components one by one, then the pipeline around them
         loaded = dict(_load_components(context, pipeline_class, folder, sizes, dtype, report))
-        absent = dict.fromkeys(absent_components(read_index(folder)))  # a pipeline may do without: embeddings come in
-        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **absent, **loaded)
+        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **loaded)
         # 4. Onto the device, ready for inference
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
@@ -76,7 +76,7 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
     # 5. The call, now that the class is known for sure
     signature = signature_of(type(pipeline))
     if mistakes := call_mistakes(spec.call, signature):
-        raise StageSetupError(stage, "; ".join(map(str, mistakes)), f"change stages.{stage}.call")
+        raise _mistaken(stage, mistakes)
     # 6. The seam in each denoiser's forward
     seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
     total = sum(sizes.values())
@@ -94,11 +94,17 @@ def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
 
 def _folder(spec: DiffusionSpec, context: StageContext) -> Path:
     folder = find_folder(spec, context.base_dir)
-    if mistakes := checkpoint_mistakes(spec, context.base_dir, folder):
-        raise StageSetupError(context.name, "; ".join(str(m) for m in mistakes), f"change stages.{context.name}.model")
-    if folder is not None:
-        return folder
-    return Path(diffusers.DiffusionPipeline.download(spec.model, revision=spec.revision, **_load_options(spec)))
+    if folder is None and not is_path(spec.model):
+        options = _load_options(spec)
+        folder = Path(diffusers.DiffusionPipeline.download(spec.model, revision=spec.revision, **options))
+    mistakes = check(spec, context.base_dir)
+    if folder is None or mistakes:
+        raise _mistaken(context.name, mistakes)
+    return folder
+
+
+def _mistaken(stage: str, mistakes: list[Mistake]) -> StageSetupError:
+    return StageSetupError(stage, "; ".join(map(str, mistakes)), f"change stages.{stage}")
 
 
 def _pipeline_class(spec: DiffusionSpec, folder: Path) -> Any:
@@ -118,19 +124,20 @@ def _load_components(
     sizes: dict[str, int],
     dtype: torch.dtype,
     report: Report,
-) -> Iterator[tuple[str, torch.nn.Module]]:
+) -> Iterator[tuple[str, torch.nn.Module | None]]:
     """The models of diffusers and transformers that the pipeline takes, each reported when it is there.
 
-    The rest (tokenizers, noise schedulers, models of the pipeline's own module) loads with the pipeline.
-    `sizes` holds the bytes of each component's weights.
+    The rest (tokenizers, noise schedulers, models of the pipeline's own module) loads with the pipeline. Components
+    that the checkpoint was saved without are None: embeddings then come in. `sizes`: bytes of each one's weights.
     """
     spec = context.spec
     assert isinstance(spec, DiffusionSpec)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    wanted = inspect.signature(pipeline_class.__init__).parameters
+    wanted, index = inspect.signature(pipeline_class.__init__).parameters, read_index(folder)
+    yield from ((name, None) for name in absent_components(index) if name in wanted or not sizes)
     total, done = sum(sizes.values()), 0
-    for name, (library, class_name) in components(read_index(folder)).items():
+    for name, (library, class_name) in components(index).items():
         if library not in ("diffusers", "transformers") or name not in sizes or name not in wanted:
             continue
         model_class = getattr(importlib.import_module(library), class_name, None)

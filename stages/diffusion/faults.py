@@ -35,6 +35,8 @@ def setup_faults(stage: str, model: str, device: str) -> Iterator[None]:
         raise _setup_error(stage, error, "install the package that it names") from error
     except SafetensorError as error:
         raise _setup_error(stage, error, f"a weight file of {model} is damaged: copy or download it again") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _setup_error(stage, error, f"{model} is for another pipeline class than stages.{stage} names") from error
     except (OSError, ValueError) as error:
         remedy = f"check that {model} is a whole checkpoint with safetensors weights, here or on the hub"
         raise _setup_error(stage, error, remedy) from error

@@ -69,7 +69,7 @@ def test_relative_folder(flux_copy: Path) -> None:
 def test_missing_folder_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(StageSetupError, match="does not exist") as caught:
         load(DiffusionSpec(model="./nothing"), tmp_path)
-    assert caught.value.remedy == "change stages.draw.model"
+    assert caught.value.remedy == "change stages.draw"
 
 
 def test_hub_model_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,10 +102,10 @@ def test_pickled_weights_are_never_read(flux_copy: Path) -> None:
         load(DiffusionSpec(model=str(flux_copy)), flux_copy)
 
 
-def test_pipeline_of_another_task_on_the_same_weights(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_pipeline_class_of_another_model(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(StageSetupError) as caught:
         load(DiffusionSpec(model=str(checkpoint("flux")), pipeline="WanPipeline"), tmp_path)
-    assert caught.value.remedy
+    assert "another pipeline class" in caught.value.remedy
 
 
 def test_call_is_checked_once_more(flux_copy: Path) -> None:
