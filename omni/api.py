@@ -212,6 +212,16 @@ def make_plan(graph: Graph, hardware: str | Hardware | None = None, runner: Runn
     return plan_graph(graph, hardware, gather_facts(graph), runner)
 
 
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop in this thread until it is stopped, then close it."""
+    try:
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
 class Omni:
     """A graph ready to run, for plain code: same arguments and methods as AsyncOmni; use from any thread.
 
@@ -243,7 +253,7 @@ class Omni:
         if self._loop is not None:
             return
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="omni-loop", daemon=True)
+        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="omni-loop", daemon=True)
         self._thread.start()
         try:
             self._call(self._omni.start(), START_SECONDS)

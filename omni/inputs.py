@@ -32,7 +32,7 @@ def build_request(
         if name not in graph.inputs:
             allowed = ", ".join(sorted(graph.inputs)) or "none"
             raise InputError(f"unknown input '{name}'{nearest(name, graph.inputs)} (this graph takes: {allowed})")
-        _check_type(name, value, graph.inputs[name].type)
+        _check_type(graph, name, value)
     defaults = {name: spec.default for name, spec in graph.inputs.items() if spec.default is not msgspec.UNSET}
     values = {**defaults, **given}
     for name, stage in _required_fields(graph).items():
@@ -79,13 +79,32 @@ def _required_fields(graph: Graph) -> dict[str, str]:
     }
 
 
-def _check_type(name: str, value: Any, port_type: str) -> None:
+def _check_type(graph: Graph, name: str, value: Any) -> None:
+    port_type = graph.inputs[name].type
+    wanted = WANTED[base_type(port_type)]
     if port_type.startswith("list[") and not isinstance(value, list):
-        raise InputError(f"input '{name}' must be a list of {base_type(port_type)}, not {type(value).__name__}")
-    items = value if isinstance(value, list) and base_type(port_type) != "json" else [value]
+        raise InputError(f"input '{name}' must be a list, each item {wanted}, not {type(value).__name__}")
+    if base_type(port_type) in ("json", "any") or not isinstance(value, list):
+        items = [value]
+    elif port_type.startswith("list[") or not (single := _takes_one(graph, name)):
+        items = value
+    else:
+        raise InputError(f"input '{name}' must be {wanted}, not a list: stage '{single}' takes one")
     for item in items:
         if not _matches(item, base_type(port_type)):
-            raise InputError(f"input '{name}' must be {WANTED[base_type(port_type)]}, not {type(item).__name__}")
+            raise InputError(f"input '{name}' must be {wanted}, not {type(item).__name__}")
+
+
+def _takes_one(graph: Graph, name: str) -> str:
+    """A stage that reads the field and takes no list of its type, or an empty string."""
+    for stage in graph.order:
+        for port, binding in graph.bindings[stage].items():
+            known = graph.ports[stage].inputs.get(port)
+            if known is None or known.many or known.type.startswith("list[") or base_type(known.type) == "any":
+                continue
+            if any(isinstance(source, FromRequest) and source.field == name for source in sources_of(binding)):
+                return stage
+    return ""
 
 
 WANTED = {

@@ -211,7 +211,7 @@ def _plan_process(
     elif beside:
         reason = f"shares the {node.cpus:g} cores with {listed(beside)}, which may work at the same time"
     else:
-        reason = f"may use all {node.cpus:g} cores: no other process works on a request at the same time"
+        reason = f"may use all {node.cpus:g} cores: no process beside it works on a request at the same time"
     is_driver = claim.process == DRIVER
     return ProcessPlan(
         name=claim.process,

@@ -63,7 +63,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(text, str):
         raise UsageError(f"{path} was not written by `omni run`, or has lost its metadata: it cannot be repeated")
     try:
-        return msgspec.json.decode(text, type=Recipe)
+        return msgspec.json.decode(text.encode(), type=Recipe)
     except msgspec.MsgspecError as error:
         raise UsageError(f"{path}: its metadata cannot be read: {error}") from error
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from omni.checkpoint import CheckpointFacts, cached_snapshot, gather_facts, read_facts
 from omni.errors import UsageError
@@ -86,6 +88,13 @@ def test_diffusers_folder(tmp_path: Path) -> None:
 def test_transformers_folder(tmp_path: Path) -> None:
     write(tmp_path / "llm" / "model.safetensors", w=("BF16", 7))
     assert read(tmp_path / "llm") == CheckpointFacts({"model": 14}, {"BF16": 14})
+
+
+def test_file_of_the_safetensors_library(tmp_path: Path) -> None:
+    (tmp_path / "llm").mkdir()
+    arrays = {"w": np.zeros((3, 5), np.float32), "h": np.zeros(7, np.float16), "empty": np.zeros((0, 4), np.float32)}
+    save_file(arrays, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    assert read(tmp_path / "llm").dtypes == {"F32": 60, "F16": 14}
 
 
 def test_any_other_name_counts(tmp_path: Path) -> None:

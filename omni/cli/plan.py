@@ -136,13 +136,14 @@ def _print_table(console: Console, table: Table, ascii_only: bool) -> None:
 
 
 def _process_table(plan: Plan) -> Table:
-    table = _table("Processes", "process", "kind", "node", "stages", "CPUs", "threads", "GPUs", "why")
+    where = ["node"] if len(plan.hardware.nodes) > 1 else []
+    table = _table("Processes", "process", *where, "stages", "CPUs", "threads", "GPUs", "why")
     for process in plan.processes:
         gpus = f"{process.gpus:g} (no. {', '.join(map(str, process.gpu_ids))})" if process.gpu_ids else "-"
         cpus = "-" if process.kind == "driver" else f"{process.cpus:g}"
+        node = [process.node] if where else []
         stages = ", ".join(process.stages) or "-"
-        numbers = (cpus, str(process.num_threads), gpus)
-        _add_row(table, process.name, process.kind, process.node, stages, *numbers, process.reason)
+        _add_row(table, process.name, *node, stages, cpus, str(process.num_threads), gpus, process.reason)
     return table
 
 
@@ -170,7 +171,7 @@ def _edge_table(plan: Plan) -> Table:
 def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, title_style="bold")
+    table = Table(title=title, title_style="bold", padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=False)
     return table

@@ -1,8 +1,7 @@
 """The Ray actor: a thin asynchronous shell around LocalProcess, one per process of the plan.
 
-`setup` and `run` are streaming generators. A stage's failure comes as their last item, not as an exception, so that only
-deaths and what cannot be sent reach the driver as errors. A payload is an item of its own, which the driver passes on
-as a reference without reading it.
+`setup` and `run` are streaming generators of batches: whatever has happened since the last one went off. A stage's
+failure is in the last batch and no exception, so that only deaths and what cannot be sent reach the driver as errors.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 from omni.errors import RequestAborted
-from omni.messages import LoadProgress, Message, Payload
+from omni.messages import Message, Payload
 from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
 from omni.transport import object_store
 
@@ -24,9 +23,14 @@ MAX_EARLY_ABORTS = 1000
 
 
 class Header(Message, frozen=True, kw_only=True):
-    """Last item of a run that ended well. When the call says `send`, the payload comes before it."""
+    """Ends the last batch of a run that ended well."""
 
     produced_at: float
+    packed: object_store.Packed | None
+    """The payload, when someone elsewhere wants it and it is small."""
+    follows: bool
+    """The payload is the next item, which the driver passes on as a reference without reading it; the item after it
+    is an empty batch, which says that the payload could be written."""
 
 
 class Vitals(Message, frozen=True, kw_only=True):
@@ -48,34 +52,40 @@ class StageActor:
         self._runs: dict[int, _Run] = {}
         self._early_aborts: dict[int, None] = {}
 
-    async def setup(self) -> AsyncGenerator[LoadProgress | Exception | None, None]:
-        """Loading progress; last the error, or None."""
+    async def setup(self) -> AsyncGenerator[list[Any], None]:
+        """Batches of LoadProgress; at the end of the last one the error, if there was one."""
         loop = asyncio.get_running_loop()
         feed = _Feed()
 
         async def work() -> None:
             await self._local.setup(lambda progress: _put_from_thread(loop, feed, progress))
 
-        async with contextlib.aclosing(feed.items(work())) as items:
-            async for item in items:
-                yield item
+        async with contextlib.aclosing(feed.batches(work())) as batches:
+            async for batch in batches:
+                yield batch
 
-    async def run(self, number: int, call: RunCall, *sent: Payload) -> AsyncGenerator[Any, None]:
-        """Events, the payload when the call says `send`, and a Header; or last the error.
+    async def run(self, number: int, call: RunCall, *sent: Any) -> AsyncGenerator[Any, None]:
+        """Batches of events; at the end of the last one a Header or the error.
 
-        `number` is the run's own; `abort` takes it.
+        `number` is the run's own; `abort` takes it. `sent` are payloads, packed or not.
         """
         run = self._runs[number] = _Run(call, aborted=number in self._early_aborts)
         self._early_aborts.pop(number, None)
         try:
-            async with contextlib.aclosing(run.feed.items(self._work(run, sent))) as items:
-                async for item in items:
-                    if isinstance(item, Produced):
-                        if call.send:
-                            yield await asyncio.to_thread(_ready_to_send, item.payload)
-                        yield Header(produced_at=item.produced_at)
-                        return
-                    yield item
+            payloads = tuple(item.unpack() if isinstance(item, object_store.Packed) else item for item in sent)
+            async with contextlib.aclosing(run.feed.batches(self._work(run, payloads))) as batches:
+                async for batch in batches:
+                    if not isinstance(batch[-1], Produced):
+                        yield batch
+                        continue
+                    produced = batch.pop()
+                    packed = object_store.pack(produced.payload) if call.send else None
+                    follows = call.send and packed is None
+                    yield [*batch, Header(produced_at=produced.produced_at, packed=packed, follows=follows)]
+                    if follows:
+                        yield await asyncio.to_thread(_ready_to_send, produced.payload)
+                        yield []
+                    return
         finally:
             del self._runs[number]
 
@@ -138,26 +148,32 @@ class _Feed:
         """Append one item."""
         self._queue.put_nowait(item)
 
-    async def items(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[Any, None]:
-        """What `work` puts; last the exception it raised, or None when it raised none."""
+    async def batches(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[list[Any], None]:
+        """What `work` puts; the last item of the last batch is the exception it raised, if it did."""
         task = asyncio.get_running_loop().create_task(self._watched(work))
         try:
-            while True:
-                item = await self._queue.get()
-                yield item
-                if item is None or isinstance(item, Exception):
-                    return
+            at_end = False
+            while not at_end:
+                batch = [await self._queue.get()]
+                while not self._queue.empty():
+                    batch.append(self._queue.get_nowait())
+                if at_end := batch[-1] is _END:
+                    batch.pop()
+                if batch:
+                    yield batch
         finally:
             task.cancel()
 
     async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
-        error: Exception | None = None
         try:
             await work
-        except Exception as raised:  # the actor's edge: every end of the work is told
-            raised.__cause__ = raised.__context__ = None
-            error = raised.with_traceback(None)  # its frames would keep the inputs in memory
-        self.put(error)
+        except Exception as error:  # the actor's edge: every end of the work is told
+            error.__cause__ = error.__context__ = None
+            self.put(error.with_traceback(None))  # its frames would keep the inputs in memory
+        self.put(_END)
+
+
+_END = object()
 
 
 def _put_from_thread(loop: asyncio.AbstractEventLoop, feed: _Feed, item: Any) -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import (
 )
 
 from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError
-from omni.messages import Event, LoadProgress, Payload, StageFinished
+from omni.messages import Event, Payload
 from omni.runner.actor import Header, StageActor, Vitals
 from omni.runner.base import Delivered, StageProcess
 from omni.runner.process import RunCall, StageLaunch, one_line
@@ -49,9 +49,12 @@ class DriverPayload:
         self.payload = payload
         self._stored: asyncio.Task[Any] | None = None
 
-    async def reference(self) -> Any:
-        """The ObjectRef to send. Raises TypeError for what cannot cross processes."""
+    async def to_send(self) -> Any:
+        """The packed payload or its ObjectRef. Raises TypeError for what cannot cross processes."""
         if self._stored is None:
+            packed = object_store.pack(self.payload)
+            if packed is not None:
+                return packed
             self._stored = asyncio.create_task(asyncio.to_thread(_put, self.payload))
         return await asyncio.shield(self._stored)
 
@@ -59,9 +62,7 @@ class DriverPayload:
 class ActorProcess(StageProcess):
     """One actor and its successors. `options` are Ray's, for resources and placement."""
 
-    def __init__(
-        self, name: str, launches: tuple[StageLaunch, ...], num_threads: int, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, name: str, launches: tuple[StageLaunch, ...], num_threads: int, options: dict[str, Any]) -> None:
         self.name = name
         self._launches = launches
         self._num_threads = num_threads
@@ -104,11 +105,10 @@ class ActorProcess(StageProcess):
             async with asyncio.timeout(seconds):
                 actor = await asyncio.to_thread(self._create)
                 async for ref in actor.setup.remote():
-                    item = await ref
-                    if isinstance(item, LoadProgress):
+                    for item in await ref:
+                        if isinstance(item, Exception):
+                            raise item
                         report(item)
-                    elif item is not None:
-                        raise item
         except BaseException as error:
             if actor is not None:
                 _kill(actor)
@@ -165,22 +165,17 @@ class ActorProcess(StageProcess):
         stream: Any = None
         try:
             stream = await _submit(life.actor, number, call, sent)
-            payload: Any = None
             async for ref in stream:
-                item = await ref
-                if isinstance(item, Header):
-                    stream = None
-                    yield Delivered(process=self.name, produced_at=item.produced_at, ref=payload)
-                    return
-                if isinstance(item, Exception):
-                    stream = None
-                    raise item if isinstance(item, OmniError) else StageError(call.stage, one_line(item))
-                yield item
-                if isinstance(item, StageFinished) and call.send:
-                    # `async for` would fetch the payload; the plain iterator only waits until it exists.
-                    payload = await asyncio.to_thread(next, stream, None)
-            if payload is not None:  # no Header came, so it is the error of writing the payload
-                await payload
+                for item in await ref:
+                    if isinstance(item, Header):
+                        payload = await _payload_of(item, stream)
+                        stream = None
+                        yield Delivered(process=self.name, produced_at=item.produced_at, ref=payload)
+                        return
+                    if isinstance(item, Exception):
+                        stream = None
+                        raise item if isinstance(item, OmniError) else StageError(call.stage, one_line(item))
+                    yield item
         except RayError as error:
             raise self._translate(call, life, error) from error
         finally:
@@ -218,10 +213,10 @@ class ActorProcess(StageProcess):
 
     async def fetch(self, ref: Any) -> Payload:
         try:
-            payload: Payload = await ref
+            payload = await read(ref)
         except RayError as error:
             raise StageError(self.name, f"its payload cannot be read: {one_line(error)}", details=str(error)) from error
-        return await asyncio.to_thread(object_store.own, payload)
+        return payload if isinstance(ref, object_store.Packed) else await asyncio.to_thread(object_store.own, payload)
 
     def free(self, request_id: str, stage: str) -> None:
         if (request_id, stage) in self._kept and self._life is not None:
@@ -244,10 +239,30 @@ class _Life:
         """The stage whose run did not stop, so that the actor was killed."""
 
 
+async def _payload_of(header: Header, stream: Any) -> Any:
+    """What is to be sent to readers: the packed payload, its reference, or None when nobody elsewhere reads it.
+
+    Raises RayError when the payload could not be written.
+    """
+    if not header.follows:
+        return header.packed
+    # `async for` would fetch the payload; the plain iterator only waits until it exists.
+    payload: Any = await asyncio.to_thread(next, stream, None)
+    if await anext(stream, None) is None:  # the confirmation is missing, so the payload is an error
+        await payload
+    return payload
+
+
+async def read(ref: Any) -> Payload:
+    """A payload that an actor delivered, in the driver. Raises RayError."""
+    payload: Payload = ref.unpack() if isinstance(ref, object_store.Packed) else await ref
+    return payload
+
+
 async def _submit(actor: Any, number: int, call: RunCall, sent: tuple[Any, ...]) -> Any:
     """Send a run off; its stream. What is large is pickled in a thread."""
     try:
-        refs = [await item.reference() if isinstance(item, DriverPayload) else item for item in sent]
+        refs = [await item.to_send() if isinstance(item, DriverPayload) else item for item in sent]
         if num_bytes(call.inputs) < LARGE_BYTES:
             object_store.install()
             return actor.run.remote(number, call, *refs)
@@ -280,7 +295,7 @@ def describe_death(error: RayError) -> tuple[str, str]:
     """How a process died, and what to do, from what Ray says."""
     text = str(error)
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        return "its process was killed because the host ran out of memory", "use a smaller model or dtype, or more memory"
+        return "its process was killed: the host ran out of memory", "use a smaller model or dtype, or more memory"
     if isinstance(error, NodeDiedError) or "node has died" in text:
         return "the node of its process went away", "see whether the node is up"
     return "its process died", NEXT_REQUEST

@@ -100,7 +100,8 @@ class LocalProcess:
         """Make and set up all stages at once. Raises StageSetupError; stages that came up are torn down again."""
         for launch in self._launches:
             self._stages[launch.context.name] = _build_stage(launch)
-        results = await asyncio.gather(*(self._setup_one(name, report) for name in self._stages), return_exceptions=True)
+        setups = (self._setup_one(name, report) for name in self._stages)
+        results = await asyncio.gather(*setups, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             await self.teardown()

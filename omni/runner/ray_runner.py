@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from omni.errors import RunnerError
 from omni.messages import Event, Payload
 from omni.plan import DRIVER, Plan, ProcessPlan
-from omni.runner.actor_process import ActorProcess, DriverPayload, lost_input
+from omni.runner.actor_process import ActorProcess, DriverPayload, lost_input, read
 from omni.runner.base import Delivered, Runner, StageProcess
 from omni.runner.inline import DriverProcess
 from omni.runner.process import RunCall
@@ -31,6 +31,7 @@ STOP_GRACE_SECONDS = 2.0
 """How long `stop` waits for aborted runs; after that their processes are killed, which is safe for actors."""
 MIN_CPUS = 0.01
 """Reserved for a process that is planned without CPUs: Ray takes no empty bundle."""
+
 
 class RayRunner(Runner):
     """Runs a plan on the Ray cluster at `address` or RAY_ADDRESS, or on one that it starts on this machine."""
@@ -56,9 +57,7 @@ class RayRunner(Runner):
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, index),
                 }
                 num_threads = process.num_threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
-                processes[process.name] = ActorProcess(
-                    process.name, self._launches(process.name), num_threads, options
-                )
+                processes[process.name] = ActorProcess(process.name, self._launches(process.name), num_threads, options)
         return processes
 
     def _stop_grace(self) -> float:
@@ -80,7 +79,7 @@ class RayDriverProcess(DriverProcess):
 
     async def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
         try:
-            payloads = tuple([await ref for ref in sent])
+            payloads = tuple([await read(ref) for ref in sent])
         except RayError as error:
             raise lost_input(call.stage, error) from error
         async with contextlib.aclosing(super().run(call, payloads)) as items:

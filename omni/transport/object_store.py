@@ -94,17 +94,15 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _build_tensor(buffer: Any, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+def _build_tensor(buffer: Any, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
     torch = _torch()
     data = torch.frombuffer(memoryview(buffer).cast("B"), dtype=torch.uint8)
-    tensor: torch.Tensor = data.view(getattr(torch, dtype)).as_strided(shape, stride)
-    return tensor
+    return data.view(getattr(torch, dtype)).as_strided(shape, stride)
 
 
-def _empty_tensor(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _empty_tensor(dtype: str, shape: tuple[int, ...]) -> Any:
     torch = _torch()
-    tensor: torch.Tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-    return tensor
+    return torch.empty(shape, dtype=getattr(torch, dtype))
 
 
 # Images ---------------------------------------------------------------------------------------------------------
@@ -135,12 +133,12 @@ class Packed(msgspec.Struct, frozen=True):
 
     def unpack(self) -> Any:
         """The payload, in memory of this process."""
-        return pickle.loads(bytearray(self.data))  # a bytearray, so that arrays in it can be written to
+        return pickle.loads(self.data)
 
 
 def pack(payload: Any) -> Packed | None:
-    """The payload as a Packed, or None when it is too large for that. Raises what pickling raises."""
-    if num_bytes(payload) > SMALL_BYTES:
+    """The payload as a Packed, or None when it is too large for that or on a device. Raises what pickling raises."""
+    if num_bytes(payload) > SMALL_BYTES or _device_tensors(payload):
         return None
     from ray import cloudpickle
 
@@ -157,7 +155,7 @@ def to_host(payload: Any) -> Any:
     CUDA tensors are copied into pinned memory on a side stream, all of them under one wait. What is ready already is
     left as it is. Blocks until the copies are done: call it in a thread.
     """
-    tensors = [leaf for _, leaf in leaves(payload) if is_tensor(leaf) and leaf.device.type == "cuda"]
+    tensors = _device_tensors(payload)
     moved = dict(zip(map(id, tensors), _copy_to_host(tensors), strict=True)) if tensors else {}
 
     def ready(leaf: Any) -> Any:
@@ -170,6 +168,10 @@ def to_host(payload: Any) -> Any:
     return map_leaves(payload, ready)
 
 
+def _device_tensors(payload: Any) -> list[torch.Tensor]:
+    return [leaf for _, leaf in leaves(payload) if is_tensor(leaf) and leaf.device.type == "cuda"]
+
+
 def _copy_to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Copies in pinned host memory; each device copies on a stream of its own, after its default stream."""
     torch = _torch()
@@ -178,7 +180,7 @@ def _copy_to_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     streams = {source.device: torch.cuda.Stream(source.device) for source in sources.values()}
     for device, stream in streams.items():
         stream.wait_stream(torch.cuda.default_stream(device))
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, Any] = {}
     for key, source in sources.items():
         copy = torch.empty_like(source, device="cpu", pin_memory=True)
         with torch.cuda.stream(streams[source.device]):

@@ -132,9 +132,12 @@ class OpenAiStage(ThreadedStage):
         if stop.is_set():
             raise RequestAborted(call.request_id)
         connection.request("POST", self._url.path, body, headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise self._refusal(response)
+        with contextlib.closing(connection.getresponse()) as response:
+            if response.status != 200:
+                raise self._refusal(response)
+            yield from self._pieces(response, call, stop)
+
+    def _pieces(self, response: http.client.HTTPResponse, call: StageCall, stop: threading.Event) -> Iterator[str]:
         finished = False
         for data in _events(response):
             if stop.is_set():
@@ -171,9 +174,8 @@ class OpenAiStage(ThreadedStage):
                 return self._error(f"has no valid certificate: {error.reason}", "correct base_url, or its certificate")
             case OSError() | http.client.HTTPException():
                 return self._error(f"broke the connection: {type(error).__name__}: {error}", "look at the server's log")
-        return self._error(
-            f"sent what is not a chat completion: {error}", "base_url must end where /chat/completions begins"
-        )
+        fault = f"sent what is not a chat completion: {error}"
+        return self._error(fault, "base_url must be the part of the address before /chat/completions")
 
     def _refusal(self, response: http.client.HTTPResponse) -> StageError:
         status, text = response.status, response.read(MAX_ERROR_BYTES).decode(errors="replace")

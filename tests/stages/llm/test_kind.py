@@ -1,3 +1,5 @@
+"""The LLM kind: ports, faults that are told before anything loads, lightness."""
+
 import subprocess
 import sys
 from pathlib import Path

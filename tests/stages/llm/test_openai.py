@@ -1,3 +1,5 @@
+"""`engine: openai` against a real server on this machine."""
+
 import asyncio
 import contextlib
 import json

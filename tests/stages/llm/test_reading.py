@@ -1,3 +1,5 @@
+"""Streaming text: whole characters, stop strings."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,3 +1,5 @@
+"""Picking tokens by seed and position."""
+
 import torch
 
 from omni.spec import SamplingSpec

@@ -1,3 +1,5 @@
+"""Prompt templates."""
+
 import re
 
 import pytest
