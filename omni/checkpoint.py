@@ -12,9 +12,9 @@ import msgspec
 
 from omni.errors import UsageError
 from omni.graph import Graph
+from omni.model_paths import cached_snapshot, resolve_model_path
 from omni.registry import CheckpointRef, find_kind_of
 from omni.sizes import format_bytes
-from omni.stage import resolve_model_path
 
 MAX_HEADER_BYTES = 100_000_000
 """The bound of the safetensors library itself."""
@@ -103,26 +103,12 @@ def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
         return UNKNOWN
 
 
-def cached_snapshot(model: str, revision: str | None = None) -> Path | None:
-    """The folder of a hub checkpoint in the local cache, by the cache's documented layout; None when not there.
-
-    The hub's own library is not asked: importing it takes longer than the rest of planning.
-    """
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub")
-    repo = cache.expanduser() / f"models--{model.replace('/', '--')}"
-    named = repo / "refs" / (revision or "main")
-    commit = named.read_text().strip() if named.is_file() else named.name
-    snapshot = repo / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
-
-
 def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
     """Sizes of a diffusers pipeline (one component per subfolder) or of a single model."""
     index = folder / "model_index.json"
     if index.is_file():
         entries = _decode(index, dict[str, msgspec.Raw])
-        names = [name for name, raw in entries.items() if _is_component(bytes(raw))]
+        names = [name for name, raw in entries.items() if not name.startswith("_") and _is_component(bytes(raw))]
         folders = {name: folder / name for name in names}
     else:
         folders = {"model": folder}

@@ -7,7 +7,6 @@ items and, last, one `Output`. Blocking work belongs into `ThreadedStage`, so th
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -18,6 +17,7 @@ import msgspec
 
 from omni.errors import RequestAborted
 from omni.messages import LoadProgress, StageItem, Started
+from omni.model_paths import resolve_model_path as resolve_model_path
 from omni.spec import StageSpec
 
 Report = Callable[[LoadProgress], None]
@@ -143,7 +143,3 @@ class _Run:
         self._loop.call_soon_threadsafe(self.items.put_nowait, item)
 
 
-def resolve_model_path(model: str, base_dir: str) -> str:
-    """A model folder relative to the graph file becomes absolute; a hub id is returned as it is."""
-    path = os.path.join(base_dir, os.path.expanduser(model))
-    return os.path.abspath(path) if os.path.isdir(path) else model

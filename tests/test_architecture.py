@@ -30,7 +30,7 @@ LAYERS = (
         "omni.flow",
         "omni.stage",
     ),
-    ("omni.load", "omni.schema", "omni.document", "omni.tree", "omni.graph", "omni.port_types", "omni.registry"),
+    ("omni.load", "omni.schema", "omni.document", "omni.tree", "omni.graph", "omni.model_paths", "omni.port_types", "omni.registry"),
     ("omni.spec",),
     ("omni.messages", "omni.media", "omni.sizes"),
     ("omni.errors",),

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from omni.checkpoint import CheckpointFacts, cached_snapshot, gather_facts, read_facts
+from omni.checkpoint import CheckpointFacts, gather_facts, read_facts
+from omni.model_paths import cached_snapshot
 from omni.errors import UsageError
 from omni.graph import resolve
 from omni.registry import CheckpointRef

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,8 +23,8 @@ from omni.spec import GraphSpec, InputSpec, Source, StageSpec
 class AnySpec(StageSpec, frozen=True, kw_only=True, tag="any"):
     """A stage whose ports the test chooses: `name`, `name!` is required, `name*` takes many, `name/` each."""
 
-    takes: dict[str, str] = {}
-    gives: dict[str, str] = {}
+    takes: dict[str, str] = msgspec.field(default_factory=dict)
+    gives: dict[str, str] = msgspec.field(default_factory=dict)
     is_open: bool = False
 
 
@@ -268,7 +270,7 @@ def test_cycles_are_printed_and_orders_are_topological(edges: set[tuple[int, int
         for fault in faults_of(**stages):
             cycle = fault.partition("the stages form a cycle: ")[2].split(" -> ")
             assert cycle[0] == cycle[-1] == min(cycle)
-            assert all(source in upstream[target] for source, target in zip(cycle, cycle[1:], strict=False))
+            assert all(source in upstream[target] for source, target in pairwise(cycle))
         return
     graph = graph_of(**stages)
     place = {name: number for number, name in enumerate(graph.order)}

@@ -30,7 +30,7 @@ def _summary(value: Any) -> Any:
         return {"type": type(value).__name__, "stage": value.stage, "cause": value.cause, "remedy": value.remedy}
     if isinstance(value, dict):
         return {str(key): _summary(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set)):
         return [_summary(item) for item in value]
     match kind_of(value):
         case "image":

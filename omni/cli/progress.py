@@ -57,7 +57,8 @@ class LineView(View):
             self._write(key, f"{progress.stage}: ready ({total})")
         else:
             done = format_bytes(progress.done_bytes)
-            self._write_sometimes(key, f"{key} {progress.component}: {done} of {total}")
+            text = f"{key} {progress.component}: {done} of {total}"
+            self._write_sometimes(key, text) if key in self._last else self._write(key, text)
 
     def event(self, event: Event) -> None:
         match event:

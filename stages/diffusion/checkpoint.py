@@ -10,6 +10,7 @@ from typing import Any
 from omni.checkpoint import PICKLED
 from omni.errors import Mistake
 from omni.graph import nearest
+from omni.model_paths import find_model_folder, is_path, missing_folder
 from omni.spec import DiffusionSpec
 
 INDEX = "model_index.json"
@@ -18,15 +19,7 @@ CONVERT = "convert it once where you trust it: DiffusionPipeline.from_pretrained
 
 def find_folder(spec: DiffusionSpec, base_dir: str) -> Path | None:
     """The checkpoint's folder on this machine: the model path, or the hub id's snapshot in the local cache."""
-    path = Path(base_dir, os.path.expanduser(spec.model))
-    if path.is_dir():
-        return path.resolve()
-    return None if is_path(spec.model) else _cached_snapshot(spec.model, spec.revision or "main")
-
-
-def is_path(model: str) -> bool:
-    """True when `model` cannot be a hub id, `name` or `owner/name`."""
-    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or "\\" in model
+    return find_model_folder(spec.model, base_dir, spec.revision, INDEX)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -68,11 +61,7 @@ def has_variant(folder: Path, variant: str | None) -> bool:
 def checkpoint_mistakes(spec: DiffusionSpec, base_dir: str, folder: Path | None) -> list[Mistake]:
     """Faults of the model's place and files that can be seen without loading it."""
     if folder is None:
-        return (
-            [Mistake("model", _no_folder(Path(base_dir, os.path.expanduser(spec.model))))]
-            if is_path(spec.model)
-            else []
-        )
+        return [Mistake("model", missing_folder(spec.model, base_dir))] if is_path(spec.model) else []
     if not (folder / INDEX).is_file():
         other = "modular_model_index.json"
         kind = f"it is a modular pipeline ({other}), which is not supported" if (folder / other).is_file() else ""
@@ -103,21 +92,3 @@ def _component_fault(folder: Path, name: str) -> Mistake | None:
             + CONVERT,
         )
     return None
-
-
-def _no_folder(path: Path) -> str:
-    path = Path(os.path.abspath(path))
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    fault = "is a file, and a model is a folder" if path.is_file() else f"does not exist{nearest(path.name, siblings)}"
-    return f"{path} {fault}; name a folder with a {INDEX}, or a hub id (owner/name)"
-
-
-def _cached_snapshot(model: str, revision: str) -> Path | None:
-    """A hub id's snapshot in the local Hugging Face cache (its documented layout), None when it is not there."""
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
-    entry = cache / f"models--{model.replace('/', '--')}"
-    reference = entry / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    snapshot = entry / "snapshots" / commit
-    return snapshot if (snapshot / INDEX).is_file() else None

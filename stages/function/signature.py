@@ -153,8 +153,10 @@ def _refuse_other_module(module_name: str, base_dir: str) -> None:
     """A module of the same name may be loaded from elsewhere, and would silently be taken for the graph's own."""
     top = module_name.partition(".")[0]
     loaded, own = sys.modules.get(top), PathFinder.find_spec(top, [os.path.abspath(base_dir)])
-    origin = getattr(getattr(loaded, "__spec__", None), "origin", None)
-    if loaded is not None and own is not None and own.origin and origin != own.origin:
+    if loaded is None or own is None or not own.origin:
+        return
+    origin = str(getattr(loaded.__spec__, "origin", None) or "elsewhere")
+    if not (os.path.exists(origin) and os.path.samefile(origin, own.origin)):
         raise _fault(f"{own.origin} cannot be imported: '{top}' is loaded from {origin} already; rename one of them")
 
 

@@ -146,7 +146,7 @@ def test_missing_folder(model: str, tmp_path: Path) -> None:
 def test_file_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "flux.safetensors").touch()
     ((_, message),) = mistakes(DiffusionSpec(model="./flux.safetensors"), tmp_path)
-    assert "is a file, and a model is a folder" in message
+    assert "is a file, name its folder" in message
 
 
 def test_no_index(tmp_path: Path) -> None:

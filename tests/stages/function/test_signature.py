@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from omni.registry import Port, Ports, find_kind
 from omni.spec import FunctionSpec
 
+ROOT = Path(__file__).parents[3]
 KIND = find_kind("function")
 IMAGE, TEXT, JSON = Port("image", each=True), Port("text", each=True), Port("json", many=True)
 
@@ -91,7 +93,18 @@ def test_port_types(hint: str, port: Port, tmp_path: Path, write: Callable[..., 
     write(f"{HEADER}\n    def f(a: {hint}, b: {hint} = None, c: Optional[{hint}] = None, d: {hint} | None = None): ...")
     required = Port(port.type, required=True, many=port.many, each=port.each)
     assert ports(tmp_path).inputs == {"a": required, "b": port, "c": port, "d": port}
-    assert "torch" not in sys.modules or "torch" in sys.modules  # hints never import; see test_hints_import_nothing
+
+
+def test_reading_hints_imports_nothing(tmp_path: Path, write: Callable[..., None]) -> None:
+    write(f"{HEADER}\n    def f(a: torch.Tensor) -> list[Image.Image]: ...")
+    code = (
+        "import sys; from omni.registry import find_kind; from omni.spec import FunctionSpec;"
+        f"print(find_kind('function').ports(FunctionSpec(call='mine:f'), {str(tmp_path)!r}).outputs);"
+        "print([name for name in ('torch', 'PIL', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "list[image]" in done.stdout
 
 
 def test_real_classes_are_known_too(tmp_path: Path, write: Callable[..., None]) -> None:
@@ -186,12 +199,17 @@ def test_decorated_and_callable_objects(tmp_path: Path, write: Callable[..., Non
         assert found.outputs == {"text": Port("text")}
 
 
-def test_packages_and_the_current_folder(tmp_path: Path, write: Callable[..., None]) -> None:
+def test_packages_and_the_current_folder(
+    tmp_path: Path, write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("def f(a: str): ...", "studio.frames")
-    write("def f(b: str): ...", f"../{tmp_path.name}_here")
+    current = tmp_path / "current"
+    current.mkdir()
+    (current / "mine_too.py").write_text("def f(b: str): ...")
+    monkeypatch.chdir(current)
     before = list(sys.path)
     assert set(ports(tmp_path, "studio.frames:f").inputs) == {"a"}
-    assert set(ports(tmp_path, f"{tmp_path.name}_here:f").inputs) == {"b"}
+    assert set(ports(tmp_path, "mine_too:f").inputs) == {"b"}
     assert sys.path == before
 
 

@@ -148,9 +148,7 @@ async def test_the_chat_template_is_used(plain_model: Path, chat_model: Path) ->
 
 async def test_a_chat_template_that_refuses(chat_model: Path) -> None:
     async with running(chat_model, system="be rude") as stage:
-        with pytest.raises(
-            StageError, match=r"refuses the messages: no such system \(leave `system` out"
-        ):
+        with pytest.raises(StageError, match=r"refuses the messages: no such system \(leave `system` out"):
             await text_of(stage)
 
 
