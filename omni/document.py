@@ -121,7 +121,7 @@ class _Reader:
             self.notes.add(place, "base", "can only be set in a file")
             return nothing
         try:
-            tree = read_yaml(value, place, self.notes)
+            tree = read_yaml(value, place, self.notes, path.strip())
         except GraphError as error:
             fault = f"{error.mistakes[-1].message}; put text with special characters in quotes"
             self.notes.add(place, path.strip(), fault)

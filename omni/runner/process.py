@@ -64,6 +64,8 @@ class Collected(Message, frozen=True, kw_only=True):
     """An input that is a list of several others (fan-in)."""
 
     parts: tuple[Value | Port, ...]
+    joined: tuple[bool, ...]
+    """For each part: whether it is a list whose items join one by one."""
 
 
 class RunCall(Message, frozen=True, kw_only=True):
@@ -173,8 +175,13 @@ class LocalProcess:
         if isinstance(source, Value):
             return source.value, []
         if isinstance(source, Collected):
-            parts = [self._resolve(call, port, part, sent, received_at) for part in source.parts]
-            return [value for value, _ in parts], [hop for _, hops in parts for hop in hops]
+            values: list[Any] = []
+            collected: list[HopFinished] = []
+            for part, joined in zip(source.parts, source.joined, strict=True):
+                value, hops = self._resolve(call, port, part, sent, received_at)
+                values.extend(value if joined else [value])
+                collected.extend(hops)
+            return values, collected
         if source.sent is not None:
             payload = sent[source.sent]
         elif (call.request_id, source.stage) in self._held:

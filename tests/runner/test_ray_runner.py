@@ -281,7 +281,7 @@ def test_a_large_image_in_a_request() -> None:
 
 def test_a_payload_that_cannot_cross_is_told_as_its_producers_fault() -> None:
     stages = {
-        "a": {"kind": "function", "call": "threading:Lock", "outputs": {"lock": "any"}, "isolation": "actor"},
+        "a": {"kind": "function", "call": "threading:Event", "outputs": {"lock": "any"}, "isolation": "actor"},
         "b": double({"x": "a.lock"}),
     }
 

@@ -81,9 +81,9 @@ flag of argentina
   background
 flag of laos
   a medium blue band in the center and a medium white circle in the center on a red background
-red cross | first aid sign
+red cross sign | first aid sign
   a large red cross on a white background
-red crescent
+red crescent sign
   a large red crescent on a white background
 pharmacy sign | pharmacy
   a large green cross on a white background
@@ -200,7 +200,7 @@ pizza
   a large yellow circle in the center and a small red circle in the center on a brown background
 cookie
   a large brown circle on a white background
-orange fruit | an orange | tangerine
+orange fruit | tangerine
   a large orange circle on a white background
 apple | red apple
   a large red circle in the center and a small green diamond at the top on a white background
@@ -307,11 +307,11 @@ sheriff badge | sheriff star
   a large yellow star on a brown background
 walk of fame | hollywood star
   a large pink star on a gray background
-red star | soviet star
+soviet star | communist star
   a large red star on a white background
 magic wand
   a small black column in the center and a medium yellow star at the top on a purple background
-chess square | black square
+chess square | malevich painting
   a large black square on a white background
 ladybug | ladybird
   a large red circle in the center, a small black circle on the left and a small black circle on the right on a green

@@ -28,6 +28,8 @@ class Budget:
     num_steps: int
     seconds: float
     batch_size: int
+    deadline: float = float("inf")
+    """The reading of time.perf_counter() at which the loop ends in any case."""
     step: int = 0
     started: float = field(default_factory=time.perf_counter)
 
@@ -36,7 +38,8 @@ class Budget:
         # The first steps compile; their seconds say nothing about the rest.
         if self.step <= _NUM_UNTIMED_STEPS:
             self.started = time.perf_counter()
-        return max(self.step / self.num_steps, (time.perf_counter() - self.started) / self.seconds)
+        seconds = min(self.seconds, self.deadline - self.started)
+        return max(self.step / self.num_steps, (time.perf_counter() - self.started) / seconds) if seconds > 0 else 1.0
 
     def run(self, name: str, optimizer: torch.optim.Optimizer, peak: float) -> Iterator[dict]:
         """Yields a dict for the loop to put its losses into, sets the learning rate, and prints the progress."""
@@ -79,21 +82,25 @@ def _pick(banks: dict[int, object], shares: Tensor, generator: torch.Generator) 
     return list(banks)[int(torch.multinomial(shares, 1, generator=generator))]
 
 
-def fit_vae(vae: AutoencoderKL, bank: SceneBank, device: torch.device, budget: Budget) -> None:
+def fit_vae(vae: AutoencoderKL, bank: SceneBank, device: torch.device, budget: Budget, compiled: bool) -> None:
     """Trains the autoencoder on pictures drawn on the fly; it ends with latents of mean 0 and deviation 1."""
     vae.to(device, memory_format=torch.channels_last).train()
     generator = torch.Generator(device).manual_seed(1)
     shapes, colours = bank.shapes.to(device), bank.colours.to(device)
     optimizer = _adamw([vae], device)
 
-    for losses in budget.run("vae", optimizer, 6e-4):
-        rows = torch.randint(len(shapes), (budget.batch_size,), device=device, generator=generator)
-        pictures = paint(*jitter(shapes[rows], colours[rows], generator)).contiguous(memory_format=torch.channels_last)
+    def compute_losses(pictures: Tensor) -> tuple[Tensor, Tensor]:
         with _precision(device):
             posterior = vae.encode(pictures).latent_dist
             restored = vae.decode(posterior.sample()).sample
         error = F.l1_loss(restored.float(), pictures) + F.mse_loss(restored.float(), pictures)
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return error, posterior.kl().mean() / posterior.mean[0].numel()
+
+    step = torch.compile(compute_losses, dynamic=False) if compiled else compute_losses
+    for losses in budget.run("vae", optimizer, 8e-4):
+        rows = torch.randint(len(shapes), (budget.batch_size,), device=device, generator=generator)
+        pictures = paint(*jitter(shapes[rows], colours[rows], generator))
+        error, divergence = step(pictures.contiguous(memory_format=torch.channels_last))
         _update(optimizer, error + _KL_WEIGHT * divergence)
         losses |= {"error": error, "divergence": divergence}
     vae.eval()

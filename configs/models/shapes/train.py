@@ -23,7 +23,7 @@ from models import (
     build_transformer,
     build_vae,
 )
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM, set_seed
 
 _STEPS = {"tiny": (3, 3, 3), "full": (6000, 40_000, 6000)}
 _BATCHES = {"tiny": (2, 4, 4), "full": (96, 512, 512)}
@@ -45,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that make data; 0: this one")
     parser.add_argument("--compile", action="store_true", help="fuse kernels with torch.compile: faster on a GPU")
     parser.add_argument("--shift", type=float, default=1.0, help="the noise scheduler's shift (1)")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no part goes on")
     for index, part in enumerate(PARTS):
         steps = ", ".join(f"{scale}: {counts[index]}" for scale, counts in _STEPS.items())
         parser.add_argument(f"--{part}-steps", type=int, help=f"most steps ({steps})")
@@ -58,7 +59,8 @@ def _budget(options: argparse.Namespace, part: str) -> Budget:
     index = PARTS.index(part)
     values = vars(options)
     num_steps = values[f"{part}_steps"] or _STEPS[options.scale][index]
-    return Budget(num_steps, values[f"{part}_seconds"], values[f"{part}_batch"] or _BATCHES[options.scale][index])
+    batch_size = values[f"{part}_batch"] or _BATCHES[options.scale][index]
+    return Budget(num_steps, values[f"{part}_seconds"], batch_size, options.deadline)
 
 
 def train_painter(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,7 +77,7 @@ def train_painter(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         text_encoder = build_text_encoder(scale, len(tokenizer))
         transformer = build_transformer(scale)
     if "vae" in options.parts:
-        fit_vae(vae, banks[min(banks)], device, _budget(options, "vae"))
+        fit_vae(vae, banks[min(banks)], device, _budget(options, "vae"), options.compile)
     vae.to(device)
     latents = {length: encode_bank(vae, bank, device, options.seed + length) for length, bank in banks.items()}
     sample = next(iter(latents.values()))[:20_000].float()
@@ -101,7 +103,10 @@ def train_captioner(options: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     count = _SAMPLES[options.scale][1]
     banks = build_prompt_banks(tokenizer, count, options.seed, options.workers)
     print(f"prompts: { {length: len(bank.token_ids) for length, bank in banks.items()} }", flush=True)
-    model = build_captioner(SCALES[options.scale], len(tokenizer))
+    if options.start_from:
+        model = Qwen3ForCausalLM.from_pretrained(options.start_from / "captioner", dtype=torch.float32)
+    else:
+        model = build_captioner(SCALES[options.scale], len(tokenizer))
     fit_captioner(model, banks, torch.device(options.device), _budget(options, "captioner"))
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -118,10 +123,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains what the command line asks for."""
     options = parse_arguments(arguments)
     started = time.perf_counter()
+    options.deadline += started
     set_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    texts = sample_texts(2000 if options.scale == "tiny" else 40_000, options.seed)
-    tokenizer = build_tokenizer(texts, SCALES[options.scale].vocab_size)
+    if options.start_from:
+        tokenizer = AutoTokenizer.from_pretrained(options.start_from / "painter" / "tokenizer")
+    else:
+        texts = sample_texts(2000 if options.scale == "tiny" else 40_000, options.seed)
+        tokenizer = build_tokenizer(texts, SCALES[options.scale].vocab_size)
     if {"vae", "painter"} & set(options.parts):
         train_painter(options, tokenizer)
     if "captioner" in options.parts:

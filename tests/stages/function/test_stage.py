@@ -132,7 +132,7 @@ async def payload_of(stage: FunctionStage, request_id: str = "r", **inputs: Any)
     return (await items_of(stage, request_id, **inputs))[-1].payload
 
 
-async def call(folder: Path, name: str, fields: dict[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:
+async def call(folder: Path, name: str, fields: dict[str, Any] | None = None, /, **inputs: Any) -> dict[str, Any]:
     async with running(folder, name, **(fields or {})) as stage:
         return await payload_of(stage, **inputs)
 
@@ -258,7 +258,7 @@ async def test_a_function_that_exits_fails_only_its_request(mine: Path) -> None:
 
 
 async def test_a_function_that_is_not_there(mine: Path) -> None:
-    with pytest.raises(StageSetupError, match="stage 'frame': module 'mine' has no 'gret', did you mean 'greet'?"):
+    with pytest.raises(StageSetupError, match="module 'mine' has no 'gret', did you mean 'greet'"):
         await call(mine, "gret", name="x")
 
 

@@ -17,25 +17,49 @@ from omni.registry import find_kind, import_string
 from omni.spec import LlmSpec, SamplingSpec
 from omni.stage import StageCall, StageContext
 
-GREEDY = SamplingSpec(max_new_tokens=24)
-SAMPLED = SamplingSpec(max_new_tokens=24, temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1)
-PROMPTS = [f"{'once upon a time ' * (number % 3)}{number}" for number in range(6)]
+GREEDY = SamplingSpec(max_new_tokens=16)
+SAMPLED = SamplingSpec(max_new_tokens=16, temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1)
+LONG = SamplingSpec(max_new_tokens=200)
+PROMPTS = [f"{'once upon a time ' * number}{number}" for number in range(4)]
+
+
+def new_stage(model: Path, **options: Any) -> LlmStage:
+    spec = LlmSpec(model=str(model), **options)
+    stage = import_string(find_kind("llm").stage)(
+        StageContext(name="rewrite", spec=spec, base_dir=".", num_threads=1)
+    )
+    assert isinstance(stage, LlmStage)
+    return stage
 
 
 @contextlib.asynccontextmanager
-async def running(model: Path, batched: bool = True, **options: Any) -> AsyncGenerator[Any, None]:
-    """A stage that is set up; `batched=False` keeps it to one request after another."""
-    spec = LlmSpec(model=str(model), **options)
-    stage = import_string(find_kind("llm").stage)(StageContext(name="rewrite", spec=spec, base_dir="."))
+async def running(model: Path, **options: Any) -> AsyncGenerator[LlmStage, None]:
+    """A stage of one's own."""
+    stage = new_stage(model, **options)
     await stage.setup(lambda progress: None)
-    assert stage._batch is not None, "the tiny model can be batched"
-    if not batched:
-        await asyncio.to_thread(stage._batch.stop)
-        stage._batch = None
     try:
         yield stage
     finally:
         await stage.teardown()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Callable[..., LlmStage]]:
+    """Gives stages that are set up once for all tests; one thread each, as the models are tiny."""
+    num_threads, stages = torch.get_num_threads(), {}
+
+    def shared(model: Path, **options: Any) -> LlmStage:
+        key = f"{model} {options}"
+        if key not in stages:
+            stages[key] = new_stage(model, **options)
+            asyncio.run(stages[key].setup(lambda progress: None))
+            assert stages[key]._batch is not None, "the tiny model can be batched"
+        return stages[key]
+
+    yield shared
+    for stage in stages.values():
+        asyncio.run(stage.teardown())
+    torch.set_num_threads(num_threads)
 
 
 async def items_of(stage: Any, prompt: str = "hello", seed: int = 0, request_id: str = "r") -> list[StageItem]:
