@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 
 from omni.errors import RequestAborted
-from omni.messages import LoadProgress, StageItem, Started
-from omni.model_paths import resolve_model_path as resolve_model_path
+from omni.messages import LoadProgress, Output, Payload, StageItem, Started
 from omni.spec import StageSpec
 
 Report = Callable[[LoadProgress], None]
@@ -65,6 +64,22 @@ class Stage(ABC):
         """Release everything; called once, after the last run."""
 
 
+class Work:
+    """One request inside a ThreadedStage: how its blocking code reports, and learns that it shall stop."""
+
+    def __init__(self, request_id: str, emit: Callable[[StageItem], None]) -> None:
+        self.request_id = request_id
+        self.emit = emit
+        """Report Progress or a TextDelta; from any thread."""
+        self.stop = threading.Event()
+        """Set when the request was aborted."""
+
+    def raise_if_aborted(self) -> None:
+        """Raise RequestAborted when the request was aborted; call it often."""
+        if self.stop.is_set():
+            raise RequestAborted(self.request_id)
+
+
 class ThreadedStage(Stage):
     """A stage whose work blocks: subclasses write plain `load` and `compute`, which run in worker threads.
 
@@ -76,14 +91,14 @@ class ThreadedStage(Stage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix=f"stage-{context.name}")
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, tuple[Work, Future[None], asyncio.Queue[StageItem | BaseException]]] = {}
 
     def load(self, report: Report) -> None:
         """Blocking part of `setup`."""
 
     @abstractmethod
-    def compute(self, call: StageCall, stop: threading.Event) -> Iterator[StageItem]:
-        """Blocking part of `run`. Check `stop` often; when it is set, raise RequestAborted."""
+    def compute(self, call: StageCall, work: Work) -> Payload:
+        """Blocking part of `run`; returns the payload. Raises RequestAborted soon after `work.stop` is set."""
 
     def unload(self) -> None:
         """Blocking part of `teardown`."""
@@ -92,54 +107,42 @@ class ThreadedStage(Stage):
         await asyncio.get_running_loop().run_in_executor(self._pool, self.load, report)
 
     async def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
-        run = _Run()
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[StageItem | BaseException] = asyncio.Queue()
 
-        def work() -> None:
+        def emit(item: StageItem | BaseException) -> None:
+            loop.call_soon_threadsafe(items.put_nowait, item)
+
+        def compute() -> None:
+            emit(Started())
             try:
-                run.emit(Started())
-                for item in self.compute(call, run.stop):
-                    run.emit(item)
-                run.emit(None)
+                emit(Output(payload=self.compute(call, work)))
             except BaseException as error:  # handed over to the event loop, which raises it again
-                run.emit(error)
+                emit(error)
 
-        self._runs[call.request_id] = run
-        run.future = self._pool.submit(work)
+        work = Work(call.request_id, emit)
+        future = self._pool.submit(compute)
+        self._runs[call.request_id] = (work, future, items)
         try:
-            while (item := await run.items.get()) is not None:
+            while not isinstance(item := await items.get(), Output):
                 if isinstance(item, BaseException):
                     raise item
                 yield item
+            yield item
         finally:
-            run.stop.set()
-            run.future.cancel()
+            work.stop.set()
+            future.cancel()
             self._runs.pop(call.request_id, None)
 
     async def abort(self, request_id: str) -> None:
-        run = self._runs.get(request_id)
-        if run is not None:
-            run.stop.set()
-            if run.future is not None and run.future.cancel():  # it was still waiting for its turn
-                run.emit(RequestAborted(request_id))
+        if request_id in self._runs:
+            work, future, items = self._runs[request_id]
+            work.stop.set()
+            if future.cancel():  # it was still waiting for its turn
+                items.put_nowait(RequestAborted(request_id))
 
     async def teardown(self) -> None:
-        for run in self._runs.values():
-            run.stop.set()
+        for work, _, _ in self._runs.values():
+            work.stop.set()
         await asyncio.get_running_loop().run_in_executor(self._pool, self.unload)
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Run:
-    """One request inside a ThreadedStage: its stop flag and the way of its items back to the event loop."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.future: Future[None] | None = None
-        self.items: asyncio.Queue[StageItem | BaseException | None] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def emit(self, item: StageItem | BaseException | None) -> None:
-        """Hand one item to the event loop; from any thread."""
-        self._loop.call_soon_threadsafe(self.items.put_nowait, item)
-
-

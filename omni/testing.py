@@ -17,10 +17,10 @@ import msgspec
 
 from omni import registry
 from omni.errors import RequestAborted
-from omni.messages import LoadProgress, Output, Progress, StageItem, TextDelta
+from omni.messages import LoadProgress, Payload, Progress, TextDelta
 from omni.registry import Port, Ports, StageKind
 from omni.spec import StageSpec
-from omni.stage import Report, StageCall, StageContext, ThreadedStage
+from omni.stage import Report, StageCall, StageContext, ThreadedStage, Work
 from omni.transport.payload import leaves
 
 HOLD_SECONDS = 120.0
@@ -93,24 +93,23 @@ class DoubleStage(ThreadedStage):
             raise RuntimeError("the double fails in setup")
         report(LoadProgress(stage=self.context.name, component="model", done_bytes=1, total_bytes=1, state="ready"))
 
-    def compute(self, call: StageCall, stop: threading.Event) -> Iterator[StageItem]:
+    def compute(self, call: StageCall, work: Work) -> Payload:
         spec = self.spec
         digest = digest_of({"seed": call.seed, "stage": self.context.name, **call.inputs})
         fails = not spec.fail_on or spec.fail_on in repr(call.inputs)
         for step in range(spec.steps):
-            if stop.is_set():
-                raise RequestAborted(call.request_id)
+            work.raise_if_aborted()
             busy_until = time.perf_counter() + spec.step_seconds
             while time.perf_counter() < busy_until:
                 pass
             if step == spec.steps - 1:
-                self._last_step(call, stop, fails)
-            yield Progress(step=step + 1, num_steps=spec.steps)
+                self._last_step(call, work, fails)
+            work.emit(Progress(step=step + 1, num_steps=spec.steps))
         if spec.gives == "text":
-            yield TextDelta(text=digest)
-        yield Output(payload={} if spec.fail_in == "port" and fails else {spec.gives: self._value(digest)})
+            work.emit(TextDelta(text=digest))
+        return {} if spec.fail_in == "port" and fails else {spec.gives: self._value(digest)}
 
-    def _last_step(self, call: StageCall, stop: threading.Event, fails: bool) -> None:
+    def _last_step(self, call: StageCall, work: Work, fails: bool) -> None:
         if self.spec.writes_input:
             next(leaf for _, leaf in leaves(call.inputs) if hasattr(leaf, "add_")).add_(1)
         if fails and self.spec.fail_in == "run":
@@ -118,7 +117,7 @@ class DoubleStage(ThreadedStage):
         if fails and self.spec.fail_in == "die":
             os.kill(os.getpid(), 9)
         if self.spec.hold:
-            threading.Event().wait(HOLD_SECONDS) if self.spec.deaf else stop.wait(HOLD_SECONDS)
+            threading.Event().wait(HOLD_SECONDS) if self.spec.deaf else work.stop.wait(HOLD_SECONDS)
             raise RequestAborted(call.request_id)
 
     def _value(self, digest: str) -> Any:

@@ -79,8 +79,8 @@ def _load_bare(omni: Omni, spec: DiffusionSpec) -> Any:
     """The same class from the same folder with the same dtype, loaded as diffusers' documentation does it."""
     import diffusers
 
+    from omni.model_paths import resolve_model_path
     from omni.registry import import_string
-    from omni.stage import resolve_model_path
 
     device = omni.plan.stages[0].device
     dtype = import_string("stages.diffusion.build:choose_dtype")(spec, device)

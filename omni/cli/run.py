@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from omni.cli.work import Outcome
+    from omni.cli.execution import Outcome
 
 RUNNERS = ("auto", "inline", "ray")
 
@@ -58,17 +58,17 @@ def command(args: argparse.Namespace) -> int:
     """Run; the exit code is 1 when a request failed."""
     import asyncio
 
+    from omni.cli.execution import Execution
     from omni.cli.interrupt import Interrupts
     from omni.cli.job import prepare
     from omni.cli.progress import open_view
-    from omni.cli.work import Work
 
     with Interrupts() as interrupts:
         with open_view(args.quiet, sys.stderr) as view:
-            work = Work(view, args.events)
-            job = prepare(args, work.loading)
+            execution = Execution(view, args.events)
+            job = prepare(args, execution.loading)
             try:
-                outcomes = asyncio.run(interrupts.guard(work.run(job)))
+                outcomes = asyncio.run(interrupts.guard(execution.run(job)))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
         return _report(args, outcomes)

@@ -155,6 +155,7 @@ class _Feed:
             at_end = False
             while not at_end:
                 batch = [await self._queue.get()]
+                await asyncio.sleep(0)  # what has just happened comes along
                 while not self._queue.empty():
                     batch.append(self._queue.get_nowait())
                 if at_end := batch[-1] is _END:

@@ -166,7 +166,7 @@ class ActorProcess(StageProcess):
         try:
             stream = await _submit(life.actor, number, call, sent)
             async for ref in stream:
-                for item in await ref:
+                for item in ray.get(ref):  # it is here; awaiting it would cost another turn of the event loop
                     if isinstance(item, Header):
                         payload = await _payload_of(item, stream)
                         stream = None

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import math
 import os
 import queue
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +39,8 @@ MIN_STORE_BYTES = GIB // 4
 SPARE_BYTES = 4 * GIB
 """Ray ends a stage when the host has less memory left than this, or than 5 %, whichever is less."""
 START_SECONDS = 180.0
+SIGACTION_BYTES = 1024
+"""More than the C library's struct sigaction takes on any platform."""
 PROBE_SECONDS = 5.0
 STOP_SECONDS = 4.0
 """How long the last `disconnect` waits; after that Ray goes on stopping in the background."""
@@ -129,7 +133,6 @@ class _Connection:
 
     num_users = 0
     is_ours = False
-    has_own_token = False
     reaper: subprocess.Popen[bytes] | None = None
 
 
@@ -154,7 +157,8 @@ def _connect(address: str | None, cpus: float, object_store_bytes: int | None) -
     if not ray.is_initialized():
         _connection.is_ours = True
         try:
-            _start(cpus, object_store_bytes) if address == "local" else _join(address)
+            with _sigterm_kept():
+                _start(cpus, object_store_bytes) if address == "local" else _join(address)
         except BaseException:
             _shut_down()
             raise
@@ -182,9 +186,21 @@ def _shut_down() -> None:
     ray.shutdown()
     if _connection.reaper is not None:
         stop_reaper(_connection.reaper)
-    if _connection.has_own_token:
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-    _connection.reaper, _connection.has_own_token, _connection.is_ours = None, False, False
+    _connection.reaper, _connection.is_ours = None, False
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray's core takes SIGTERM over and ends the program on the spot; give it back to the program's own handler.
+
+    By the C library, since Python's signal module works on the main thread only.
+    """
+    libc, saved = ctypes.CDLL(None), ctypes.create_string_buffer(SIGACTION_BYTES)
+    libc.sigaction(int(signal.SIGTERM), None, saved)
+    try:
+        yield
+    finally:
+        libc.sigaction(int(signal.SIGTERM), saved, None)
 
 
 # Starting and joining -------------------------------------------------------------------------------------------
@@ -230,14 +246,13 @@ def _join(address: str) -> None:
 
 
 def _give_token() -> None:
-    """A secret of its own for the cluster, where the user has none: Ray's ports are open to the network.
+    """A secret of its own for what this program starts, where the user has none: Ray's ports are open to the network.
 
-    Without one Ray would make a token and write it into the home folder.
+    Without it Ray would make one and write it into the home folder. It stays for good, since Ray remembers it too.
     """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     if not any(name in os.environ for name in names) and not (Path.home() / ".ray" / "auth_token").exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        _connection.has_own_token = True
 
 
 def _temp_dir() -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,8 +18,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders.guider_utils import BaseGuidance
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from omni.errors import RequestAborted
 from omni.messages import Progress
+from omni.stage import Work
 
 DENOISER_NAMES = ("transformer", "unet")
 DENOISER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
@@ -31,10 +30,8 @@ _current: ContextVar[DenoiseRun | None] = ContextVar("current denoise run", defa
 class DenoiseRun:
     """One request's way through its pipeline: stops it when asked, reports its denoise steps."""
 
-    def __init__(self, request_id: str, stop: threading.Event, report: Callable[[Progress], None]) -> None:
-        self.request_id = request_id
-        self._stop = stop
-        self._report = report
+    def __init__(self, work: Work) -> None:
+        self._work = work
         self._step = 0
 
     @contextlib.contextmanager
@@ -67,13 +64,12 @@ class DenoiseRun:
 
     def raise_if_aborted(self) -> None:
         """Raise RequestAborted when the request was aborted."""
-        if self._stop.is_set():
-            raise RequestAborted(self.request_id)
+        self._work.raise_if_aborted()
 
     def finish_step(self, steps_left: int) -> None:
         """Report one more denoise step; `steps_left` follow in this loop (a pipeline may have several loops)."""
         self._step += 1
-        self._report(Progress(step=self._step, num_steps=self._step + steps_left, unit="denoise step"))
+        self._work.emit(Progress(step=self._step, num_steps=self._step + steps_left, unit="denoise step"))
         self.raise_if_aborted()
 
 

@@ -6,10 +6,10 @@ import os
 from urllib.parse import urlsplit
 
 from omni.errors import Mistake
-from omni.graph import nearest
+from omni.model_paths import is_path, missing_folder, resolve_model_path
 from omni.registry import CheckpointRef, Port, Ports, StageKind
 from omni.spec import LlmSpec
-from omni.stage import Stage, StageContext, resolve_model_path
+from omni.stage import Stage, StageContext
 from stages.llm.template import template_fields
 
 
@@ -74,8 +74,8 @@ def _check_local(spec: LlmSpec, base_dir: str) -> list[Mistake]:
     ]
     folder = resolve_model_path(spec.model, base_dir)
     if not os.path.isdir(folder):
-        if _is_path(spec.model):
-            mistakes.append(Mistake("model", _no_folder(os.path.join(base_dir, os.path.expanduser(spec.model)))))
+        if is_path(spec.model):
+            mistakes.append(Mistake("model", missing_folder(spec.model, base_dir)))
         return mistakes
     if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
         mistakes.append(
@@ -86,18 +86,6 @@ def _check_local(spec: LlmSpec, base_dir: str) -> list[Mistake]:
             )
         )
     return mistakes
-
-
-def _is_path(model: str) -> bool:
-    """True when `model` cannot be a hub id, `name` or `owner/name`."""
-    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or "\\" in model
-
-
-def _no_folder(path: str) -> str:
-    parent, name = os.path.split(os.path.abspath(path))
-    close = nearest(name, os.listdir(parent)) if os.path.isdir(parent) else ""
-    fault = "is a file, name its folder" if os.path.isfile(path) else "does not exist"
-    return f"{os.path.abspath(path)} {fault}{close}; a model is a folder or a hub id (owner/name)"
 
 
 KIND = StageKind(

@@ -18,9 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from omni.errors import RequestAborted, StageError, StageSetupError
-from omni.messages import Output, Progress, StageItem, TextDelta
+from omni.messages import Payload, Progress, TextDelta
 from omni.spec import LlmSpec
-from omni.stage import Report, StageCall, StageContext, ThreadedStage
+from omni.stage import Report, StageCall, StageContext, ThreadedStage, Work
 from stages.llm.prompt import build_messages
 
 CONNECT_SECONDS = 10.0
@@ -57,34 +57,33 @@ class OpenAiStage(ThreadedStage):
                 f"put the key into it: export {name}=...",
             )
 
-    def compute(self, call: StageCall, stop: threading.Event) -> Iterator[StageItem]:
+    def compute(self, call: StageCall, work: Work) -> Payload:
         num_tokens = self._spec.sampling.max_new_tokens
         text, step = "", 0
         connection = self._new_connection()
         try:
-            for delta in self._stream(connection, call, stop):
+            for delta in self._stream(connection, call, work.stop):
                 step += 1
                 text += delta
-                yield Progress(step=min(step, num_tokens), num_steps=num_tokens, unit="token")
-                yield TextDelta(text=delta)
+                work.emit(Progress(step=min(step, num_tokens), num_steps=num_tokens, unit="token"))
+                work.emit(TextDelta(text=delta))
         except (OSError, http.client.HTTPException, ValueError, StageError) as error:
-            if stop.is_set():  # `abort` has hung up
-                raise RequestAborted(call.request_id) from None
+            work.raise_if_aborted()  # `abort` has hung up
             if isinstance(error, StageError):
                 raise
             raise self._failure(error) from error
         finally:
             self._sockets.pop(call.request_id, None)
             connection.close()
-        yield Output(payload={"text": text})
+        return {"text": text}
 
     async def abort(self, request_id: str) -> None:
         await super().abort(request_id)
         self._hang_up(request_id)
 
     async def teardown(self) -> None:
-        for request_id, run in list(self._runs.items()):
-            run.stop.set()
+        for request_id, (work, _, _) in list(self._runs.items()):
+            work.stop.set()
             self._hang_up(request_id)
         await super().teardown()
 

@@ -17,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from omni.errors import RequestAborted, StageError, StageSetupError
 from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
+from omni.model_paths import resolve_model_path
 from omni.spec import LlmSpec
-from omni.stage import Report, Stage, StageCall, StageContext, resolve_model_path
+from omni.stage import Report, Stage, StageCall, StageContext
 from stages.llm.prompt import build_messages
 from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update

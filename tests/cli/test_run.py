@@ -166,7 +166,7 @@ def test_a_stage_that_cannot_load_is_1(omni: Omni) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gone.yaml"], "cannot read 'gone.yaml': No such file or directory"),
+        (["gone.yaml"], "gone.yaml: cannot read the file: No such file or directory"),
         (["broken.yaml", "--set", "stages.draw.stepps=3"], "stages.draw.stepps: unknown key"),
         (["broken.yaml", "--input", "prompt"], "--input prompt: expected NAME=VALUE"),
         (["broken.yaml", "--input", "promt=x"], "unknown input 'promt', did you mean 'prompt'?"),
@@ -330,10 +330,11 @@ def test_a_second_interrupt_quits_at_once(start_omni: Callable[..., subprocess.P
 
 def test_a_stop_that_hangs_is_cut_short(start_omni: Callable[..., subprocess.Popen[str]]) -> None:
     options = ["--set", "stages.say.deaf=true", "--runner", "inline"]
-    with start_omni("run", "held.yaml", "--prompt", "x", "--events", "-q", *options) as process:
+    before = "import omni.cli.interrupt\nomni.cli.interrupt.STOP_SECONDS = 0.2"
+    with start_omni("run", "held.yaml", "--prompt", "x", "--events", "-q", *options, before=before) as process:
         read_until(process, "StageStarted")
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=interrupt.STOP_SECONDS + WAIT_SECONDS)
+        process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 130
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from omni.errors import RequestAborted
 from omni.messages import Progress
+from omni.stage import Work
 from stages.diffusion.denoiser import DenoiseRun, Seam, find_denoisers
 from stages.diffusion.stage import DiffusionStage
 from tests.stages.diffusion import tiny
@@ -25,7 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 def new_run(stop: threading.Event | None = None) -> tuple[DenoiseRun, list[Progress]]:
     reports: list[Progress] = []
-    return DenoiseRun("request", stop or threading.Event(), reports.append), reports
+    work = Work("request", reports.append)  # type: ignore[arg-type]
+    work.stop = stop or work.stop
+    return DenoiseRun(work), reports
 
 
 class Denoiser(torch.nn.Module):

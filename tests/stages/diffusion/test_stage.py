@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from omni.errors import RequestAborted, StageError, StageSetupError, StageTimeoutError
+from omni.errors import RequestAborted, StageError, StageSetupError
 from omni.media import Audio, Video
 from omni.messages import LoadProgress, Output, Payload, Progress, StageItem, Started
-from omni.stage import StageCall
+from omni.stage import StageCall, Work
 from stages.diffusion.stage import DiffusionStage
 from tests.stages.diffusion import tiny
 from tests.stages.diffusion.conftest import build_stage
@@ -30,7 +30,9 @@ TYPES = {"images": list, "video": Video, "audio": Audio}
 
 
 def compute(stage: DiffusionStage, inputs: dict[str, Any], seed: int = 0) -> list[StageItem]:
-    return list(stage.compute(StageCall("request", inputs, seed), threading.Event()))
+    items: list[StageItem] = []
+    payload = stage.compute(StageCall("request", inputs, seed), Work("request", items.append))
+    return [*items, Output(payload=payload)]
 
 
 def payload_of(items: list[StageItem]) -> Payload:
@@ -119,21 +121,21 @@ def test_seed_decides(family: str, loaded: Callable[[str], DiffusionStage]) -> N
 def test_abort_stops_within_a_step(family: str, loaded: Callable[[str], DiffusionStage]) -> None:
     stage, recipe = loaded(family), tiny.FAMILIES[family]
     before = draw(stage, recipe.inputs(1), seed=1)
-    stop, calls = threading.Event(), []
+    items: list[StageItem] = []
+    work, calls = Work("gone", items.append), []
 
     def stop_at_second_call(*_: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
-            stop.set()
+            work.stop.set()
 
     handles = [seam.denoiser.register_forward_pre_hook(stop_at_second_call) for seam in stage.built.seams]
-    items: list[StageItem] = []
     with pytest.raises(RequestAborted):
-        items.extend(stage.compute(StageCall("gone", recipe.inputs(1), 1), stop))
+        stage.compute(StageCall("gone", recipe.inputs(1), 1), work)
     for handle in handles:
         handle.remove()
     assert len(calls) == 2
-    assert not any(isinstance(item, Output) for item in items)
+    assert all(isinstance(item, Progress) for item in items)
     np.testing.assert_array_equal(draw(stage, recipe.inputs(1), seed=1), before)
 
 
@@ -295,22 +297,6 @@ def test_out_of_memory(error: Exception, loaded: Callable[[str], DiffusionStage]
     handle.remove()
     assert "height" in caught.value.remedy
     assert len(compute(stage, inputs)) == 5
-
-
-def test_deadline(checkpoint: Callable[[str], Path]) -> None:
-    from omni.spec import TimeoutsSpec
-
-    stage = build_stage("flux", checkpoint("flux"), timeouts=TimeoutsSpec(run_seconds=0.05))
-    release = threading.Event()
-
-    def wait(*_: Any) -> None:
-        release.wait(30)
-
-    stage.built.seams[0].denoiser.register_forward_pre_hook(wait)
-    with pytest.raises(StageTimeoutError, match=r"no denoise step within 0\.05 s"):
-        compute(stage, tiny.FAMILIES["flux"].inputs(0))
-    release.set()
-    stage.unload()
 
 
 def test_no_gpu(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

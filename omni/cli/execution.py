@@ -33,8 +33,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error: OmniError | None = None
 
 
-class Work:
-    """Runs jobs and tells how they come on: to `view`, and as JSON lines on stdout with `events`."""
+class Execution:
+    """Runs a job and tells how it comes on: to `view`, and as JSON lines on stdout with `events`."""
 
     def __init__(self, view: View, events: bool) -> None:
         self._view = view
