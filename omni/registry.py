@@ -56,7 +56,7 @@ class StageKind(msgspec.Struct, frozen=True):
     name: str
     spec_type: type[StageSpec]
     stage: str
-    """`module:Class` of the omni.stage.Stage that runs it."""
+    """`module:name` of the omni.stage.Stage that runs it, or of a factory; called with its StageContext."""
     ports: Callable[[Any, str], Ports]
     """(spec, base_dir) -> ports. Pure, light; base_dir is the graph file's folder."""
     check: Callable[[Any, str], list[Mistake]] = lambda spec, base_dir: []

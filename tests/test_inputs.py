@@ -1,3 +1,5 @@
+"""Request fields: names, types, defaults, seeds, and reading them from text."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -6,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -96,6 +98,7 @@ def test_a_list_needs_a_stage_that_takes_one() -> None:
         build_request(one("text"), {"x": ["a", "b"]})
 
 
+@settings(deadline=None)
 @given(st.integers(0, MAX_SEED))
 def test_seeds_are_kept(seed: int) -> None:
     assert build_request(one("text"), {}, seed=seed).seed == seed

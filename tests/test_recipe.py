@@ -1,10 +1,12 @@
+"""What a picture remembers, and what is refused when it is to be made again."""
+
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,7 +25,9 @@ from omni.recipe import (
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(codec="utf-8"), max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -32,6 +36,7 @@ def png(path: Path, metadata: str) -> Path:
     return write_output(Image.new("RGB", (2, 2)), path, metadata=metadata)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=3), st.integers(0, 2**32 - 1))
 def test_a_recipe_comes_back(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Any], seed: int) -> None:
     recipe = Recipe(graph={"stages": {}}, graph_path="a/b.yaml", inputs=inputs, seed=seed)

@@ -47,6 +47,7 @@ def measure(args: argparse.Namespace) -> Report:
     omni = Omni(args.graph, overrides=args.set, runner="inline")
     spec = _single_stage(omni)
     seconds: dict[str, list[float]] = {BARE: [], OMNI: []}
+    cpu_seconds: dict[str, list[float]] = {BARE: [], OMNI: []}
     correct = True
     with omni, ThreadPoolExecutor(1, thread_name_prefix="bare") as thread:
         bare = thread.submit(_load_bare, omni, spec).result()
@@ -54,14 +55,16 @@ def measure(args: argparse.Namespace) -> Report:
             prompt, seed = _random_prompt(), random.randrange(2**32)
             images = {}
             for name in (BARE, OMNI) if turn % 2 else (OMNI, BARE):
+                cpu_begin = time.process_time()
                 if name == BARE:
                     took, images[name] = thread.submit(_time_bare, bare, spec.call, prompt, seed).result()
                 else:
                     took, images[name] = _time_omni(omni, prompt, seed)
                 if turn >= args.warmup:
                     seconds[name].append(took)
+                    cpu_seconds[name].append(time.process_time() - cpu_begin)
             correct = correct and _equal(images[BARE], images[OMNI])
-    return _report(args, seconds, correct)
+    return _report(args, seconds, cpu_seconds, correct)
 
 
 def _single_stage(omni: Omni) -> DiffusionSpec:
@@ -142,7 +145,9 @@ def _targets(seconds: dict[str, list[float]]) -> tuple[Target, ...]:
     )
 
 
-def _report(args: argparse.Namespace, seconds: dict[str, list[float]], correct: bool) -> Report:
+def _report(
+    args: argparse.Namespace, seconds: dict[str, list[float]], cpu_seconds: dict[str, list[float]], correct: bool
+) -> Report:
     import torch
 
     from omni.bench.report import Report, build_section, describe_machine
@@ -154,7 +159,10 @@ def _report(args: argparse.Namespace, seconds: dict[str, list[float]], correct: 
         bench="overhead",
         settings={"graph": args.graph, "repeat": args.repeat, "warmup": args.warmup},
         machine=machine,
-        sections=(build_section("one request", BARE, seconds),),
+        sections=(
+            build_section("one request", BARE, seconds),
+            build_section("CPU time of one request, all threads", BARE, cpu_seconds),
+        ),
         targets=_targets(seconds),
         correct=correct,
         notes=(f"pixels equal: {'yes' if correct else 'NO'}", f"ray imported: {ray}"),

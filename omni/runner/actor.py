@@ -2,6 +2,7 @@
 
 `setup` and `run` are streaming generators of batches: whatever has happened since the last one went off. A stage's
 failure is in the last batch and no exception, so that only deaths and what cannot be sent reach the driver as errors.
+Batches and calls are pickled here, since Ray is slower at it than pickle.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 import sys
+import traceback
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
-from omni.errors import RequestAborted
+from omni.errors import OmniError, RequestAborted, StageError
 from omni.messages import Message, Payload
-from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
+from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch, one_line
 from omni.transport import object_store
 
 MAX_EARLY_ABORTS = 1000
@@ -33,6 +36,16 @@ class Header(Message, frozen=True, kw_only=True):
     is an empty batch, which says that the payload could be written."""
 
 
+class RunMessage(Message, frozen=True, kw_only=True):
+    """One call of `run`."""
+
+    number: int
+    """The run's own; `abort` takes it."""
+    call: RunCall
+    sent: tuple[object_store.Packed | None, ...]
+    """The payloads that the call's ports index; those that are None come as arguments of their own, in order."""
+
+
 class Vitals(Message, frozen=True, kw_only=True):
     """How a process is."""
 
@@ -48,43 +61,45 @@ class StageActor:
 
     def __init__(self, launches: tuple[StageLaunch, ...], num_threads: int) -> None:
         _limit_threads(num_threads)
+        self._name = launches[0].context.name
         self._local = LocalProcess(launches)
         self._runs: dict[int, _Run] = {}
         self._early_aborts: dict[int, None] = {}
 
-    async def setup(self) -> AsyncGenerator[list[Any], None]:
+    async def setup(self) -> AsyncGenerator[bytes, None]:
         """Batches of LoadProgress; at the end of the last one the error, if there was one."""
         loop = asyncio.get_running_loop()
-        feed = _Feed()
+        feed = _Feed(self._name)
 
         async def work() -> None:
             await self._local.setup(lambda progress: _put_from_thread(loop, feed, progress))
 
         async with contextlib.aclosing(feed.batches(work())) as batches:
             async for batch in batches:
-                yield batch
+                yield pickle.dumps(batch)
 
-    async def run(self, number: int, call: RunCall, *sent: Any) -> AsyncGenerator[Any, None]:
-        """Batches of events; at the end of the last one a Header or the error.
-
-        `number` is the run's own; `abort` takes it. `sent` are payloads, packed or not.
-        """
+    async def run(self, data: bytes | RunMessage, *arguments: Payload) -> AsyncGenerator[Any, None]:
+        """Batches of events; at the end of the last one a Header or the error. `data` is a RunMessage, pickled."""
+        message: RunMessage = pickle.loads(data) if isinstance(data, bytes) else data
+        number, call = message.number, message.call
         run = self._runs[number] = _Run(call, aborted=number in self._early_aborts)
         self._early_aborts.pop(number, None)
         try:
-            payloads = tuple(item.unpack() if isinstance(item, object_store.Packed) else item for item in sent)
+            others = iter(arguments)
+            payloads = tuple(next(others) if packed is None else packed.unpack() for packed in message.sent)
             async with contextlib.aclosing(run.feed.batches(self._work(run, payloads))) as batches:
                 async for batch in batches:
                     if not isinstance(batch[-1], Produced):
-                        yield batch
+                        yield pickle.dumps(batch)
                         continue
                     produced = batch.pop()
                     packed = object_store.pack(produced.payload) if call.send else None
                     follows = call.send and packed is None
-                    yield [*batch, Header(produced_at=produced.produced_at, packed=packed, follows=follows)]
+                    batch.append(Header(produced_at=produced.produced_at, packed=packed, follows=follows))
+                    yield pickle.dumps(batch)
                     if follows:
                         yield await asyncio.to_thread(_ready_to_send, produced.payload)
-                        yield []
+                        yield pickle.dumps([])
                     return
         finally:
             del self._runs[number]
@@ -135,13 +150,14 @@ class _Run:
     def __init__(self, call: RunCall, aborted: bool) -> None:
         self.call = call
         self.aborted = aborted
-        self.feed = _Feed()
+        self.feed = _Feed(call.stage)
 
 
 class _Feed:
     """Items on their way out of the actor: the work goes on while Ray sends the ones before."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
 
     def put(self, item: Any) -> None:
@@ -149,7 +165,7 @@ class _Feed:
         self._queue.put_nowait(item)
 
     async def batches(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[list[Any], None]:
-        """What `work` puts; the last item of the last batch is the exception it raised, if it did."""
+        """What `work` puts; the last item of the last batch is the OmniError it raised, if it did."""
         task = asyncio.get_running_loop().create_task(self._watched(work))
         try:
             at_end = False
@@ -168,9 +184,11 @@ class _Feed:
     async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except Exception as error:  # the actor's edge: every end of the work is told
+        except OmniError as error:
             error.__cause__ = error.__context__ = None
             self.put(error.with_traceback(None))  # its frames would keep the inputs in memory
+        except Exception as error:  # the actor's edge: every end of the work is told
+            self.put(StageError(self._stage, one_line(error), details=traceback.format_exc()))
         self.put(_END)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import pickle
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any
 
@@ -22,12 +23,11 @@ from ray.exceptions import (
 
 from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError
 from omni.messages import Event, Payload
-from omni.runner.actor import Header, StageActor, Vitals
+from omni.runner.actor import Header, RunMessage, StageActor, Vitals
 from omni.runner.base import Delivered, StageProcess
 from omni.runner.process import RunCall, StageLaunch, one_line
 from omni.stage import Report
 from omni.transport import object_store
-from omni.transport.payload import num_bytes
 
 MAX_CONCURRENCY = 1000
 """Calls that an actor takes at once: high, so that aborts and pings never wait for runs."""
@@ -36,8 +36,6 @@ START_SECONDS = 120.0
 TEARDOWN_SECONDS = 2.0
 """What the stages of an actor may take to release what they hold; then it is killed."""
 PING_SECONDS = 10.0
-LARGE_BYTES = 1024**2
-"""Calls with more data than this are pickled in a thread, so that the event loop goes on."""
 NEXT_REQUEST = "ask again: the next request gets a new process"
 DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
@@ -105,8 +103,8 @@ class ActorProcess(StageProcess):
             async with asyncio.timeout(seconds):
                 actor = await asyncio.to_thread(self._create)
                 async for ref in actor.setup.remote():
-                    for item in await ref:
-                        if isinstance(item, Exception):
+                    for item in pickle.loads(await ref):
+                        if isinstance(item, OmniError):
                             raise item
                         report(item)
         except BaseException as error:
@@ -166,16 +164,16 @@ class ActorProcess(StageProcess):
         try:
             stream = await _submit(life.actor, number, call, sent)
             async for ref in stream:
-                for item in ray.get(ref):  # it is here; awaiting it would cost another turn of the event loop
+                for item in pickle.loads(ray.get(ref)):  # it is here; `await` would cost a turn of the event loop
                     if isinstance(item, Header):
                         payload = await _payload_of(item, stream)
                         stream = None
                         yield Delivered(process=self.name, produced_at=item.produced_at, ref=payload)
                         return
-                    if isinstance(item, Exception):
+                    if isinstance(item, OmniError):
                         stream = None
                         try:
-                            raise item if isinstance(item, OmniError) else StageError(call.stage, one_line(item))
+                            raise item
                         finally:
                             del item  # error and frame would keep each other alive, and `sent` with them
                     yield item
@@ -265,14 +263,15 @@ async def read(ref: Any) -> Payload:
 async def _submit(actor: Any, number: int, call: RunCall, sent: tuple[Any, ...]) -> Any:
     """Send a run off; its stream. What is large is pickled in a thread."""
     try:
-        refs = [await item.to_send() if isinstance(item, DriverPayload) else item for item in sent]
-        if num_bytes(call.inputs) < LARGE_BYTES:
-            object_store.install()
-            return actor.run.remote(number, call, *refs)
-        stored = await asyncio.to_thread(_put, call)
-        return actor.run.remote(number, stored, *refs)
-    except TypeError as error:
+        items = [await item.to_send() if isinstance(item, DriverPayload) else item for item in sent]
+        packed = tuple(item if isinstance(item, object_store.Packed) else None for item in items)
+        arguments = [item for item in items if not isinstance(item, object_store.Packed)]
+        message = RunMessage(number=number, call=call, sent=packed)
+        small = object_store.pack(message)
+        data = small.data if small is not None else await asyncio.to_thread(_put, message)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
         raise StageError(call.stage, f"one of its inputs cannot cross processes: {error}") from error
+    return actor.run.remote(data, *arguments)
 
 
 def _put(value: Any) -> Any:

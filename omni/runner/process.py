@@ -40,7 +40,7 @@ class StageLaunch(msgspec.Struct, frozen=True):
 
     context: StageContext
     target: str
-    """`module:Class` of the Stage."""
+    """`module:name` of the Stage class or factory."""
 
 
 class Value(Message, frozen=True, kw_only=True):

@@ -101,8 +101,8 @@ class LlmStage(Stage):
                 await asyncio.to_thread(source.stop)
         self._batch = self._one_by_one = None
         self._model = self._tokenizer = None
-        gc.collect()
         if self.context.device != "cpu":
+            gc.collect()
             torch.cuda.empty_cache()
 
     # Loading ------------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""`omni bench hop` at tiny sizes: structure and correctness, not times."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""`omni bench overhead` on an untrained painter: structure and equal pixels, not times."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -45,7 +47,19 @@ def painter(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_sides_draw_the_same_without_ray(painter: Path, root: Path) -> None:
-    command = [sys.executable, "-c", CHILD, "bench", "overhead", str(painter), "--repeat", "3", "--warmup", "1", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        "bench",
+        "overhead",
+        str(painter),
+        "--repeat",
+        "3",
+        "--warmup",
+        "1",
+        "--json",
+    ]
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)

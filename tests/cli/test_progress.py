@@ -1,3 +1,5 @@
+"""Bars and lines of progress."""
+
 from __future__ import annotations
 
 import io

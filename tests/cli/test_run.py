@@ -1,3 +1,5 @@
+"""`omni run` with doubles, in this process and, for signals, in one of its own."""
+
 from __future__ import annotations
 
 import io
@@ -86,7 +88,10 @@ def test_quiet_leaves_the_result_only(omni: Omni) -> None:
 
 
 def test_names_of_our_own_replace_nothing(omni: Omni) -> None:
-    assert [omni("run", "pair.yaml", "--prompt", "x", "-q").out for _ in range(2)] == ["pair-001.png\n", "pair-002.png\n"]
+    assert [omni("run", "pair.yaml", "--prompt", "x", "-q").out for _ in range(2)] == [
+        "pair-001.png\n",
+        "pair-002.png\n",
+    ]
 
 
 def test_text_is_printed_and_written_when_asked_for(omni: Omni) -> None:
@@ -228,7 +233,9 @@ def test_a_stranger_s_picture_runs_no_code(omni: Omni) -> None:
 
 def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:
     Path("there").mkdir()
-    code = "from PIL import Image\ndef paint(prompt: str) -> Image.Image:\n    return Image.new('L', (len(prompt), 1))\n"
+    code = (
+        "from PIL import Image\ndef paint(prompt: str) -> Image.Image:\n    return Image.new('L', (len(prompt), 1))\n"
+    )
     Path("there/paint_of_run.py").write_text(code)
     Path("there/g.yaml").write_text("stages: {paint: {kind: function, call: 'paint_of_run:paint'}}")
     assert omni("run", "there/g.yaml", "--prompt", "abc", "-o", "a.png").code == 0

@@ -34,10 +34,10 @@ async def run(omni):
 
 async def stay(omni):
     import ray
-    cpus = ray.available_resources().get("CPU")
+    cpus = ray.cluster_resources()["CPU"] - sum(process.cpus for process in omni.plan.processes)
     print("staying", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
-    while ray.available_resources().get("CPU") != cpus:
+    while ray.available_resources().get("CPU", 0) != cpus:
         await asyncio.sleep(0.1)
     print("guests are gone", flush=True)
     await run(omni)
@@ -46,11 +46,12 @@ async def main():
     main_task = asyncio.current_task()
     if "handle" in sys.argv:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)
-    async with AsyncOmni({"stages": {"a": STAGE}}, runner="ray") as omni:
-        print("address", omni._runner.cluster.address, flush=True)
-        await run(omni)
-        if "stay" in sys.argv:
-            await stay(omni)
+    for _ in range(1 + ("twice" in sys.argv)):
+        async with AsyncOmni({"stages": {"a": STAGE}}, runner="ray") as omni:
+            print("address", omni._runner.cluster.address, flush=True)
+            await run(omni)
+            if "stay" in sys.argv:
+                await stay(omni)
 
 with doubles():
     asyncio.run(main())
@@ -126,6 +127,18 @@ def test_an_interrupted_program_stops_everything_before_it_exits(name: str) -> N
         assert ("KeyboardInterrupt" if name == "SIGINT" else "CancelledError") in errors
         assert not left_of(process.pid)
         assert not reapers_of(process.pid)
+
+
+def test_a_program_starts_ray_twice_behind_a_token_and_leaves_the_home_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with program("twice", HOME=str(tmp_path)) as process:
+        output, errors = process.communicate(timeout=WAIT_SECONDS)
+        assert process.returncode == 0, errors
+        assert output.count("Done") == 2
+        assert not left_of(process.pid)
+    assert not list(tmp_path.rglob("*token*"))
 
 
 def test_an_interrupt_while_ray_starts() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import shutil
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from omni.spec import LlmSpec, SamplingSpec
 from omni.stage import StageCall, StageContext
 from stages.llm.stage import LlmStage
 
-Shared = Callable[..., LlmStage]
+Shared = Callable[..., Awaitable[LlmStage]]
 
+WAIT_SECONDS = 60
 GREEDY = SamplingSpec(max_new_tokens=16)
 SAMPLED = SamplingSpec(max_new_tokens=16, temperature=1.0, top_k=50, top_p=0.95, repetition_penalty=1.1)
 LONG = SamplingSpec(max_new_tokens=200)
@@ -45,15 +46,15 @@ async def running(model: Path, **options: Any) -> AsyncGenerator[LlmStage, None]
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Callable[..., LlmStage]]:
+def shared() -> Iterator[Shared]:
     """Gives stages that are set up once for all tests; one thread each, as the models are tiny."""
     num_threads, stages = torch.get_num_threads(), {}
 
-    def shared(model: Path, **options: Any) -> LlmStage:
+    async def shared(model: Path, **options: Any) -> LlmStage:
         key = f"{model} {options}"
         if key not in stages:
             stages[key] = new_stage(model, **options)
-            asyncio.run(stages[key].setup(lambda progress: None))
+            await stages[key].setup(lambda progress: None)
             assert stages[key]._batch is not None, "the tiny model can be batched"
         return stages[key]
 
@@ -66,6 +67,12 @@ def shared() -> Iterator[Callable[..., LlmStage]]:
 async def items_of(stage: Any, prompt: str = "hello", seed: int = 0, request_id: str = "r") -> list[StageItem]:
     call = StageCall(request_id=request_id, inputs={"prompt": prompt}, seed=seed)
     return [item async for item in stage.run(call)]
+
+
+async def until_running(stage: LlmStage, request_id: str) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while request_id not in stage._runs:
+            await asyncio.sleep(0)
 
 
 async def text_of(stage: Any, prompt: str = "hello", seed: int = 0, request_id: str = "r") -> str:
@@ -91,7 +98,7 @@ Batched = Callable[[LlmStage], LlmStage]
 async def test_text_does_not_depend_on_what_else_runs(
     plain_model: Path, shared: Shared, batched: Batched, sampling: SamplingSpec
 ) -> None:
-    stage = shared(plain_model, sampling=sampling)
+    stage = await shared(plain_model, sampling=sampling)
     alone = [await text_of(stage, prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     stage = batched(stage)
     together = await asyncio.gather(
@@ -102,14 +109,14 @@ async def test_text_does_not_depend_on_what_else_runs(
 
 
 async def test_seeds(plain_model: Path, shared: Shared) -> None:
-    texts = [await text_of(shared(plain_model, sampling=SAMPLED), seed=seed) for seed in (1, 2, 1)]
+    texts = [await text_of(await shared(plain_model, sampling=SAMPLED), seed=seed) for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
-    greedy = shared(plain_model, sampling=GREEDY)
+    greedy = await shared(plain_model, sampling=GREEDY)
     assert await text_of(greedy, seed=1) == await text_of(greedy, seed=2)
 
 
 async def test_items_of_a_run(plain_model: Path, shared: Shared, batched: Batched) -> None:
-    first, *items, last = await items_of(batched(shared(plain_model, sampling=GREEDY)))
+    first, *items, last = await items_of(batched(await shared(plain_model, sampling=GREEDY)))
     assert isinstance(first, Started)
     assert isinstance(last, Output)
     deltas = [item.text for item in items if isinstance(item, TextDelta)]
@@ -126,18 +133,18 @@ async def test_the_batch_agrees_with_plain_generate(plain_model: Path, shared: S
     tokenizer = AutoTokenizer.from_pretrained(plain_model)
     ids = tokenizer("hello", return_tensors="pt")
     made = model.generate(**ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.input_ids.shape[1] :]
-    assert await text_of(shared(plain_model, sampling=GREEDY)) == tokenizer.decode(made, skip_special_tokens=True)
+    assert await text_of(await shared(plain_model, sampling=GREEDY)) == tokenizer.decode(made, skip_special_tokens=True)
 
 
 async def test_stop_strings(plain_model: Path, shared: Shared, batched: Batched) -> None:
-    whole = await text_of(shared(plain_model, sampling=GREEDY))
+    whole = await text_of(await shared(plain_model, sampling=GREEDY))
     stop = next(letter for letter in whole[4:] if letter not in whole[:4] and letter != "\ufffd")
-    stage = shared(plain_model, sampling=SamplingSpec(max_new_tokens=16, stop=["never", stop]))
+    stage = await shared(plain_model, sampling=SamplingSpec(max_new_tokens=16, stop=["never", stop]))
     assert await text_of(batched(stage)) == whole[: whole.index(stop)]
 
 
 async def test_an_abort_stops_between_tokens(plain_model: Path, shared: Shared, batched: Batched) -> None:
-    stage = batched(shared(plain_model, sampling=LONG))
+    stage = batched(await shared(plain_model, sampling=LONG))
     seen = []
 
     async def run_and_abort() -> None:
@@ -154,11 +161,10 @@ async def test_an_abort_stops_between_tokens(plain_model: Path, shared: Shared, 
 
 
 async def test_an_id_can_come_again_after_an_abort(plain_model: Path, shared: Shared, batched: Batched) -> None:
-    stage = batched(shared(plain_model, sampling=GREEDY))
+    stage = batched(await shared(plain_model, sampling=GREEDY))
     expected = await text_of(stage)
     run = asyncio.ensure_future(items_of(stage))
-    while not stage._runs:
-        await asyncio.sleep(0)
+    await until_running(stage, "r")
     await stage.abort("r")
     with pytest.raises(RequestAborted):
         await run
@@ -168,12 +174,11 @@ async def test_an_id_can_come_again_after_an_abort(plain_model: Path, shared: Sh
 async def test_a_request_that_waits_for_its_turn_can_be_aborted(
     plain_model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = shared(plain_model, sampling=LONG)
+    stage = await shared(plain_model, sampling=LONG)
     monkeypatch.setattr(stage, "_batch", None)
     first = asyncio.ensure_future(items_of(stage, request_id="first"))
     second = asyncio.ensure_future(items_of(stage, request_id="second"))
-    while "second" not in stage._runs:
-        await asyncio.sleep(0)
+    await until_running(stage, "second")
     await stage.abort("second")
     with pytest.raises(RequestAborted):
         await second
@@ -184,7 +189,7 @@ async def test_a_request_that_waits_for_its_turn_can_be_aborted(
 
 
 async def test_the_chat_template_is_used(plain_model: Path, chat_model: Path, shared: Shared) -> None:
-    chat, plain = shared(chat_model, system="be polite"), shared(plain_model, sampling=GREEDY)
+    chat, plain = await shared(chat_model, system="be polite"), await shared(plain_model, sampling=GREEDY)
     call = StageCall(request_id="r", inputs={"prompt": "hi <|end|>"}, seed=0)
     ids = chat._prompt_ids(call)
     tokens = chat._tokenizer.convert_ids_to_tokens(ids)
@@ -196,15 +201,15 @@ async def test_the_chat_template_is_used(plain_model: Path, chat_model: Path, sh
 
 async def test_a_chat_template_that_refuses(chat_model: Path, shared: Shared) -> None:
     with pytest.raises(StageError, match=r"refuses the messages: no such system \(leave `system` out"):
-        await text_of(shared(chat_model, system="be rude"))
+        await text_of(await shared(chat_model, system="be rude"))
 
 
 async def test_the_models_own_settings_give_the_end_token_only(
     plain_model: Path, shared: Shared, batched: Batched, tmp_path: Path
 ) -> None:
-    whole = await text_of(shared(plain_model, sampling=GREEDY))
+    whole = await text_of(await shared(plain_model, sampling=GREEDY))
     end = next(n for n in range(3, 16) if whole[n] not in whole[:n] and whole[n].isascii())
-    (number,) = shared(plain_model, sampling=GREEDY)._tokenizer(whole[end]).input_ids
+    (number,) = (await shared(plain_model, sampling=GREEDY))._tokenizer(whole[end]).input_ids
     folder = tmp_path / "model"
     shutil.copytree(plain_model, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [number], "repetition_penalty": 3.0}))
@@ -214,7 +219,7 @@ async def test_the_models_own_settings_give_the_end_token_only(
 
 async def test_a_prompt_that_is_too_long(plain_model: Path, shared: Shared) -> None:
     longest = json.loads((plain_model / "config.json").read_text())["max_position_embeddings"]
-    stage = shared(plain_model, sampling=GREEDY)
+    stage = await shared(plain_model, sampling=GREEDY)
     fault = f"the prompt has {longest} tokens; the model takes {longest}, answer included .shorten"
     with pytest.raises(StageError, match=fault):
         await text_of(stage, "x" * longest)
@@ -225,7 +230,7 @@ async def test_a_prompt_that_is_too_long(plain_model: Path, shared: Shared) -> N
 async def test_a_prompt_too_long_for_the_batch_goes_the_other_way(
     plain_model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = shared(plain_model, sampling=GREEDY)
+    stage = await shared(plain_model, sampling=GREEDY)
     expected = await text_of(stage)
     monkeypatch.setattr(stage._batch, "max_tokens", 10)
     assert stage._source_for(10) is stage._batch
@@ -236,7 +241,7 @@ async def test_a_prompt_too_long_for_the_batch_goes_the_other_way(
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 async def test_an_empty_input(prompt: str, plain_model: Path, shared: Shared) -> None:
     with pytest.raises(StageError, match=r"stage 'rewrite': its input 'prompt' is empty \(give 'prompt' a text"):
-        await text_of(shared(plain_model, sampling=GREEDY), prompt)
+        await text_of(await shared(plain_model, sampling=GREEDY), prompt)
 
 
 @pytest.mark.parametrize("family", ["Falcon", "Bloom"])
