@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from omni.checkpoint import CheckpointFacts, gather_facts, read_facts
-from omni.model_paths import cached_snapshot
 from omni.errors import UsageError
 from omni.graph import resolve
+from omni.model_paths import cached_snapshot
 from omni.registry import CheckpointRef
 from omni.spec import GraphSpec
 from omni.testing import DoubleSpec, doubles

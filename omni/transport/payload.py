@@ -16,21 +16,24 @@ from omni.errors import SharedInputError
 
 
 def is_tensor(value: object) -> bool:
-    """True for a torch tensor; False where torch was never imported."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    """True for a torch tensor."""
+    return _is_instance(value, "torch", "Tensor")
 
 
 def is_array(value: object) -> bool:
-    """True for a numpy array; False where numpy was never imported."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
+    """True for a numpy array."""
+    return _is_instance(value, "numpy", "ndarray")
 
 
 def is_image(value: object) -> bool:
-    """True for a PIL image; False where PIL was never imported."""
-    image = sys.modules.get("PIL.Image")
-    return image is not None and isinstance(value, image.Image)
+    """True for a PIL image."""
+    return _is_instance(value, "PIL.Image", "Image")
+
+
+def _is_instance(value: object, module: str, name: str) -> bool:
+    """False where the module was never imported, or is just being imported by another thread: no value of it is yet."""
+    found = getattr(sys.modules.get(module), name, None)
+    return found is not None and isinstance(value, found)
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:

@@ -46,8 +46,8 @@ def test_too_little_shared_memory_is_refused_with_the_remedy(machine: SimpleName
     with pytest.raises(RunnerError) as caught:
         store_bytes()
     assert str(caught.value) == (
-        "/dev/shm has 64.0 MiB free, too little for an object store of 256.0 MiB; start the container with a larger one "
-        "(docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory at /dev/shm), or set "
+        "/dev/shm has 64.0 MiB free, too little for an object store of 256.0 MiB; start the container with a "
+        "larger one (docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory at /dev/shm), or set "
         "OMNI_OBJECT_STORE_BYTES"
     )
     machine.shared = 4 * GIB

@@ -1,0 +1,40 @@
+"""The shipped graphs on a CUDA GPU: inline, and as Ray actors that share it. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omni import Omni
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RED, WHITE = (220, 40, 40), (255, 255, 255)
+
+pytestmark = pytest.mark.gpu
+
+
+def near(pixel: tuple[int, int, int], colour: tuple[int, int, int]) -> bool:
+    """Whether two RGB colours differ by less than 60 in each channel."""
+    return all(abs(a - b) < 60 for a, b in zip(pixel, colour, strict=True))
+
+
+def test_the_painter_draws_inline_on_the_gpu() -> None:
+    with Omni(CONFIGS / "draw.yaml") as omni:
+        assert omni.plan.runner == "inline"
+        assert omni.plan.stage("draw").device == "cuda"
+        prompt = "a large red circle on a white background"
+        first, again = (omni.generate(prompt=prompt, seed=7).image[0] for _ in range(2))
+    assert first.tobytes() == again.tobytes()
+    assert near(first.getpixel((64, 64)), RED)
+    assert near(first.getpixel((4, 4)), WHITE)
+
+
+def test_two_actors_share_one_gpu() -> None:
+    overrides = ["stages.rewrite.resources.gpus=0.3", "stages.draw.resources.gpus=0.5"]
+    with Omni(CONFIGS / "demo.yaml", overrides=overrides) as omni:
+        assert [process.gpus for process in omni.plan.processes if process.stages] == [0.3, 0.5]
+        result = omni.generate(prompt="flag of japan", seed=7)
+    assert "red circle" in result.caption
+    assert near(result.image[0].getpixel((64, 64)), RED)
+    assert {hop.transport for hop in result.timings.hops} == {"object_store"}
