@@ -24,7 +24,7 @@ BLUE_CIRCLE = "a small blue circle on a white background"
 
 
 @given(st.integers(0, 2**32))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 def test_every_wording_of_a_scene_is_read_back_as_that_scene(seed):
     rng = random.Random(seed)
     scene = sample_scene(rng)
@@ -62,7 +62,7 @@ def test_held_out_wordings_are_not_trained_on():
 
 def test_the_checker_accepts_what_the_renderer_draws():
     rng = random.Random(3)
-    scenes = [sample_scene(rng) for _ in range(40)]
+    scenes = [sample_scene(rng) for _ in range(12)]
     pictures = paint(*jitter(*encode(scenes), torch.Generator().manual_seed(0)))
     pictures = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert all(judge(picture, scene).right for picture, scene in zip(pictures, scenes, strict=True))
@@ -138,8 +138,8 @@ def painter():
 
 def test_the_shipped_painter_draws_held_out_captions_right(painter):
     rng = random.Random(0)
-    held_out = [scene for scene in (sample_scene(rng, 1) for _ in range(400)) if is_held_out(scene)]
-    scenes = [*held_out[:6], parse(BLUE_CIRCLE), parse("a large red circle on a white background")]
+    held_out = [scene for scene in (sample_scene(rng, 1) for _ in range(150)) if is_held_out(scene)]
+    scenes = [*held_out[:4], parse(BLUE_CIRCLE)]
     pictures = painter(
         [write(scene) for scene in scenes],
         height=128,

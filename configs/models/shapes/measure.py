@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         report["captioner"] = measure_captioner(options.folder / "captioner", options)
         print(json.dumps(report["captioner"], indent=2), flush=True)
     if options.count:
-        pipeline = DiffusionPipeline.from_pretrained(options.folder / "painter", torch_dtype=dtype).to(options.device)
+        pipeline = DiffusionPipeline.from_pretrained(options.folder / "painter", dtype=dtype).to(options.device)
         pipeline.set_progress_bar_config(disable=True)
         if options.shift:
             pipeline.scheduler.register_to_config(shift=options.shift)

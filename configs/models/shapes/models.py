@@ -54,6 +54,11 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    return wrap_tokenizer(core)
+
+
+def wrap_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer with this folder's special tokens and chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

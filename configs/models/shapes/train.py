@@ -22,8 +22,10 @@ from models import (
     build_tokenizer,
     build_transformer,
     build_vae,
+    wrap_tokenizer,
 )
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM, set_seed
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3ForCausalLM, set_seed
 
 _STEPS = {"tiny": (3, 3, 3), "full": (6000, 40_000, 6000)}
 _BATCHES = {"tiny": (2, 4, 4), "full": (96, 512, 512)}
@@ -69,13 +71,13 @@ def train_painter(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     count = options.samples or _SAMPLES[options.scale][0]
     banks = build_scene_banks(tokenizer, count, options.seed, options.workers)
     print(f"scenes: { {length: len(bank.shapes) for length, bank in banks.items()} }", flush=True)
+    vae, transformer = build_vae(scale), build_transformer(scale)
+    text_encoder = build_text_encoder(scale, len(tokenizer))
     if options.start_from:
-        loaded = ZImagePipeline.from_pretrained(options.start_from / "painter", torch_dtype=torch.float32)
-        vae, text_encoder, transformer = loaded.vae.to(device), loaded.text_encoder, loaded.transformer
-    else:
-        vae = build_vae(scale)
-        text_encoder = build_text_encoder(scale, len(tokenizer))
-        transformer = build_transformer(scale)
+        loaded = ZImagePipeline.from_pretrained(options.start_from / "painter", dtype=torch.float32)
+        vae.register_to_config(**{key: loaded.vae.config[key] for key in ("shift_factor", "scaling_factor")})
+        for name, part in (("vae", vae), ("transformer", transformer), ("text_encoder", text_encoder)):
+            part.load_state_dict(getattr(loaded, name).state_dict())
     if "vae" in options.parts:
         fit_vae(vae, banks[min(banks)], device, _budget(options, "vae"), options.compile)
     vae.to(device)
@@ -103,10 +105,10 @@ def train_captioner(options: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     count = _SAMPLES[options.scale][1]
     banks = build_prompt_banks(tokenizer, count, options.seed, options.workers)
     print(f"prompts: { {length: len(bank.token_ids) for length, bank in banks.items()} }", flush=True)
+    model = build_captioner(SCALES[options.scale], len(tokenizer))
     if options.start_from:
-        model = Qwen3ForCausalLM.from_pretrained(options.start_from / "captioner", dtype=torch.float32)
-    else:
-        model = build_captioner(SCALES[options.scale], len(tokenizer))
+        loaded = Qwen3ForCausalLM.from_pretrained(options.start_from / "captioner", dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
     fit_captioner(model, banks, torch.device(options.device), _budget(options, "captioner"))
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     if options.start_from:
-        tokenizer = AutoTokenizer.from_pretrained(options.start_from / "painter" / "tokenizer")
+        tokenizer = wrap_tokenizer(Tokenizer.from_file(str(options.start_from / "painter/tokenizer/tokenizer.json")))
     else:
         texts = sample_texts(2000 if options.scale == "tiny" else 40_000, options.seed)
         tokenizer = build_tokenizer(texts, SCALES[options.scale].vocab_size)
