@@ -97,4 +97,10 @@ def find_kind_of(spec: StageSpec) -> StageKind:
 def _as_kind(name: str, value: object) -> StageKind:
     if not isinstance(value, StageKind):
         raise UsageError(f"stage kind '{name}': the entry point must name an omni.registry.StageKind, got {value!r}")
+    spec_type = value.spec_type
+    if (tag := spec_type.__struct_config__.tag) != name:
+        raise UsageError(
+            f"stage kind '{name}': its spec {spec_type.__module__}.{spec_type.__qualname__} has the tag '{tag}'; "
+            f"give the spec tag=\"{name}\", or call the entry point '{tag}'"
+        )
     return value

@@ -1,18 +1,35 @@
-"""Settings and facts for the whole suite: nothing is downloaded, Ray asks for no token and reports no usage."""
+"""Settings, facts and the one Ray cluster of the whole suite.
+
+Nothing is downloaded, Ray asks for no token and reports no usage, and hypothesis sets no time limits.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from omni.runner.ray_environment import Cluster
 
 # Before any test module imports a library that reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+# An example that takes long says that the machine is busy, not that the code is wrong.
+settings.register_profile("omni", deadline=None)
+settings.load_profile("omni")
+
+CLUSTER_CPUS = 64
+"""More than there are: Ray only counts them, and no test shall wait for another's."""
+STORE_BYTES = 1024**3
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_FILES = ("*.py", "*.md", "*.toml", "*.txt", "*.yaml", "*.yml", "Makefile", ".ci/run", ".gitignore")
 
@@ -48,3 +65,13 @@ def project_texts(project_files: list[str]) -> dict[str, str]:
     """Path -> content of the project's text files, the licence left out."""
     chosen = [path for path in project_files if any(fnmatch.fnmatch(path, pattern) for pattern in TEXT_FILES)]
     return {path: (ROOT / path).read_text(encoding="utf-8") for path in chosen}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Cluster]:
+    """A local cluster, since starting one takes seconds; runners find it initialised and leave it running."""
+    from omni.runner.ray_environment import connect, disconnect
+
+    cluster = asyncio.run(connect("local", cpus=CLUSTER_CPUS, object_store_bytes=STORE_BYTES))
+    yield cluster
+    asyncio.run(disconnect())

@@ -144,7 +144,7 @@ def stage_tables(draw: st.DrawFn) -> dict[str, str]:
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(stage_tables())
 def test_lines_say_what_the_graph_says(stages: dict[str, str]) -> None:
     """Following the lines from each box leads to its readers and nowhere else."""

@@ -78,7 +78,7 @@ def test_everything_is_inside_the_picture() -> None:
         assert float(rect.get("y", -1)) + float(rect.get("height", 0)) <= height
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_every_graph_gives_well_formed_xml(data: st.DataObject) -> None:
     names = ["A", "b", "C", "d", "E", "f"][: data.draw(st.integers(1, 6))]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -65,7 +65,6 @@ def test_a_picture_comes_back(tmp_path: Path, suffix: str) -> None:
     assert np.abs(pixels(read_media(path, "image")).astype(int) - pixels(flat)).max() <= 6
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(["RGB", "L"]), st.text(max_size=200))
 def test_a_png_keeps_pixels_and_metadata(
     tmp_path_factory: pytest.TempPathFactory, width: int, height: int, mode: str, text: str
@@ -192,7 +191,6 @@ def test_animations(tmp_path: Path, suffix: str) -> None:
         assert image.n_frames == 5  # type: ignore[attr-defined]
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=200), st.integers(1, 3))
 def test_wav_keeps_samples_to_16_bits(
     tmp_path_factory: pytest.TempPathFactory, samples: list[float], num_channels: int

@@ -96,7 +96,7 @@ class World:
 
 
 @given(graphs(), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_request_ends_once_and_frees_everything(graph: Graph, data: st.DataObject) -> None:
     world = World(graph)
     failing = data.draw(st.sets(st.sampled_from(graph.order), max_size=2))

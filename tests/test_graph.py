@@ -259,7 +259,7 @@ def wired(edges: set[tuple[int, int]], num_stages: int) -> dict[str, AnySpec]:
     }
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=14))
 def test_cycles_are_printed_and_orders_are_topological(edges: set[tuple[int, int]]) -> None:
     stages = wired(edges, 6)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -98,7 +98,6 @@ def test_a_list_needs_a_stage_that_takes_one() -> None:
         build_request(one("text"), {"x": ["a", "b"]})
 
 
-@settings(deadline=None)
 @given(st.integers(0, MAX_SEED))
 def test_seeds_are_kept(seed: int) -> None:
     assert build_request(one("text"), {}, seed=seed).seed == seed

@@ -269,7 +269,7 @@ GRAPHS = st.fixed_dictionaries(
     {"stages": st.dictionaries(st.sampled_from(["draw", "a", "b", "prompt"]), STAGE, max_size=4)},
     optional={"inputs": TREES, "outputs": TREES, "name": TREES},
 )
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def load_or_graph_error(graph: Any, *overrides: str) -> None:

@@ -265,7 +265,7 @@ machines = st.lists(nodes, min_size=1, max_size=3).map(
 sizes = st.lists(st.one_of(st.none(), st.floats(0, 8), st.floats(0, 8), st.floats(0, 90)), min_size=7, max_size=7)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(graphs(), machines, sizes, st.sampled_from(["auto", "auto", "auto", "ray", "inline"]))
 def test_every_plan_holds(
     stages: dict[str, ModelSpec], hardware: Hardware, gib: list[float | None], runner: Any

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -36,7 +36,6 @@ def png(path: Path, metadata: str) -> Path:
     return write_output(Image.new("RGB", (2, 2)), path, metadata=metadata)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(st.characters(codec="utf-8")), JSON, max_size=3), st.integers(0, 2**32 - 1))
 def test_a_recipe_comes_back(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Any], seed: int) -> None:
     recipe = Recipe(graph={"stages": {}}, graph_path="a/b.yaml", inputs=inputs, seed=seed)

@@ -19,7 +19,8 @@ LARGER: dict[str, int] = {}
 
 BROAD_EXCEPTS = {
     "omni/cli/main.py:main": "the CLI edge: any error becomes one line and an exit code",
-    "omni/runner/actor.py:_watched": "the actor's edge: every end of the work is told to the driver",
+    "omni/runner/actor.py:setup": "the actor's edge: its error is told to the driver",
+    "omni/runner/actor.py:run": "the same edge for a run",
     "omni/runner/process.py:_setup_one": "the edge to a stage's code: its error becomes a StageSetupError",
     "omni/runner/process.py:run": "the same edge for a run: its error becomes a StageError",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",

@@ -1,8 +1,10 @@
 """The Ray actor: a thin asynchronous shell around LocalProcess, one per process of the plan.
 
-`setup` and `run` are streaming generators of batches: whatever has happened since the last one went off. A stage's
-failure is in the last batch and no exception, so that only deaths and what cannot be sent reach the driver as errors.
-Batches and calls are pickled here, since Ray is slower at it than pickle.
+A run is one plain call, which returns how it ended. A small payload comes along; a large one is fetched by `take`, as
+an object of its own, which the driver passes on as a reference without reading it. Events go off in batches through
+one stream per actor, `events`; what has not gone off when a run ends travels with its end, so that a quick stage costs
+one message. A stage's failure is part of the end and no exception: only deaths and what cannot be sent reach the driver
+as errors. Messages are pickled here, since Ray is slower at it than pickle.
 """
 
 from __future__ import annotations
@@ -13,27 +15,38 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import msgspec
+
 from omni.errors import OmniError, RequestAborted, StageError
-from omni.messages import Message, Payload
+from omni.messages import Event, LoadProgress, Message, Payload
 from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch, one_line
 from omni.transport import object_store
 
 MAX_EARLY_ABORTS = 1000
 """Aborts that came before their runs; most of these runs will come, and the oldest are forgotten."""
 
+BATCH_SECONDS = 0.002
+"""How long the first event of a batch waits for others."""
+SETUP = -1
+"""Stands for a run's number in the events of `setup`."""
 
-class Header(Message, frozen=True, kw_only=True):
-    """Ends the last batch of a run that ended well."""
 
-    produced_at: float
-    packed: object_store.Packed | None
+class RunEnd(Message, frozen=True, kw_only=True):
+    """How a run ended."""
+
+    num_streamed: int
+    """Events of the run that went through `events`; they may still be on their way."""
+    events: tuple[Event, ...]
+    """Those that did not, in order."""
+    error: OmniError | None = None
+    produced_at: float = 0.0
+    packed: object_store.Packed | None = None
     """The payload, when someone elsewhere wants it and it is small."""
-    follows: bool
-    """The payload is the next item, which the driver passes on as a reference without reading it; the item after it
-    is an empty batch, which says that the payload could be written."""
+    is_large: bool = False
+    """The payload waits for `take`."""
 
 
 class RunMessage(Message, frozen=True, kw_only=True):
@@ -65,51 +78,77 @@ class StageActor:
         self._local = LocalProcess(launches)
         self._runs: dict[int, _Run] = {}
         self._early_aborts: dict[int, None] = {}
+        self._large: dict[int, Payload] = {}
+        self._outbox: list[tuple[int, Event | LoadProgress]] = []
+        self._has_mail = asyncio.Event()
 
-    async def setup(self) -> AsyncGenerator[bytes, None]:
-        """Batches of LoadProgress; at the end of the last one the error, if there was one."""
-        loop = asyncio.get_running_loop()
-        feed = _Feed(self._name)
-
-        async def work() -> None:
-            await self._local.setup(lambda progress: _put_from_thread(loop, feed, progress))
-
-        async with contextlib.aclosing(feed.batches(work())) as batches:
-            async for batch in batches:
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Batches of (number of the run, event), for as long as the process lives: its end is the process's death."""
+        while True:
+            await self._has_mail.wait()
+            await asyncio.sleep(BATCH_SECONDS)
+            batch, self._outbox = self._outbox, []
+            self._has_mail.clear()
+            for number, _ in batch:
+                if number in self._runs:
+                    self._runs[number].num_streamed += 1
+            if batch:
                 yield pickle.dumps(batch)
 
-    async def run(self, data: bytes | RunMessage, *arguments: Payload) -> AsyncGenerator[Any, None]:
-        """Batches of events; at the end of the last one a Header or the error. `data` is a RunMessage, pickled."""
+    async def setup(self) -> bytes:
+        """Set up all stages, with LoadProgress in `events`. The pickled OmniError that stopped it, or None."""
+        loop = asyncio.get_running_loop()
+        error: OmniError | None = None
+        try:
+            await self._local.setup(lambda progress: _call_from_thread(loop, self._put, SETUP, progress))
+        except Exception as caught:  # the actor's edge
+            error = _told(self._name, caught)
+        return pickle.dumps(error)
+
+    async def run(self, data: bytes | RunMessage, *arguments: Payload) -> bytes:
+        """Run one stage; a pickled RunEnd. `data` is a RunMessage, pickled."""
         message: RunMessage = pickle.loads(data) if isinstance(data, bytes) else data
         number, call = message.number, message.call
         run = self._runs[number] = _Run(call, aborted=number in self._early_aborts)
         self._early_aborts.pop(number, None)
+        produced, error = None, None
         try:
             others = iter(arguments)
             payloads = tuple(next(others) if packed is None else packed.unpack() for packed in message.sent)
-            async with contextlib.aclosing(run.feed.batches(self._work(run, payloads))) as batches:
-                async for batch in batches:
-                    if not isinstance(batch[-1], Produced):
-                        yield pickle.dumps(batch)
-                        continue
-                    produced = batch.pop()
-                    packed = object_store.pack(produced.payload) if call.send else None
-                    follows = call.send and packed is None
-                    batch.append(Header(produced_at=produced.produced_at, packed=packed, follows=follows))
-                    yield pickle.dumps(batch)
-                    if follows:
-                        yield await asyncio.to_thread(_ready_to_send, produced.payload)
-                        yield pickle.dumps([])
-                    return
+            produced = await self._work(run, number, payloads)
+        except Exception as caught:  # the actor's edge
+            error = _told(call.stage, caught)
         finally:
             del self._runs[number]
+            events = tuple(event for owner, event in self._outbox if owner == number)
+            self._outbox = [mail for mail in self._outbox if mail[0] != number]
+        end = RunEnd(num_streamed=run.num_streamed, events=events, error=error)  # type: ignore[arg-type]
+        if produced is not None:
+            packed = object_store.pack(produced.payload) if call.send else None
+            is_large = call.send and packed is None
+            if is_large and not run.abandoned:
+                self._large[number] = produced.payload
+            end = msgspec.structs.replace(end, produced_at=produced.produced_at, packed=packed, is_large=is_large)
+        return pickle.dumps(end)
 
-    async def _work(self, run: _Run, sent: tuple[Payload, ...]) -> None:
+    async def take(self, number: int) -> tuple[None, Payload]:
+        """The large payload of a run that ended, once. The first result says that the second could be written."""
+        return None, await asyncio.to_thread(_ready_to_send, self._large.pop(number))
+
+    async def _work(self, run: _Run, number: int, sent: tuple[Payload, ...]) -> Produced | None:
         if run.aborted:
             raise RequestAborted(run.call.request_id)
         # Nothing suspends between this and the stage's own run, so that an abort finds either the flag or the stage.
-        async for item in self._local.run(run.call, sent):
-            run.feed.put(item)
+        async with contextlib.aclosing(self._local.run(run.call, sent)) as items:
+            async for item in items:
+                if isinstance(item, Produced):
+                    return item
+                self._put(number, item)
+        return None
+
+    def _put(self, number: int, event: Event | LoadProgress) -> None:
+        self._outbox.append((number, event))
+        self._has_mail.set()
 
     async def abort(self, number: int) -> None:
         """Make a run stop, or not begin when it has yet to arrive."""
@@ -121,6 +160,13 @@ class StageActor:
         self._early_aborts[number] = None
         while len(self._early_aborts) > MAX_EARLY_ABORTS:
             del self._early_aborts[next(iter(self._early_aborts))]
+
+    async def abandon(self, number: int) -> None:
+        """Nobody waits for the end of this run any more: stop it, and keep no payload of it."""
+        self._large.pop(number, None)
+        if number in self._runs:
+            self._runs[number].abandoned = True
+        await self.abort(number)
 
     async def free(self, request_id: str, stage: str) -> None:
         """Drop a payload that was kept here."""
@@ -135,10 +181,6 @@ class StageActor:
             has_torch="torch" in sys.modules,
         )
 
-    async def watch(self) -> None:
-        """Never returns: the call fails when the process dies."""
-        await asyncio.Event().wait()
-
     async def teardown(self) -> None:
         """Tear down all stages."""
         await self._local.teardown()
@@ -150,53 +192,20 @@ class _Run:
     def __init__(self, call: RunCall, aborted: bool) -> None:
         self.call = call
         self.aborted = aborted
-        self.feed = _Feed(call.stage)
+        self.abandoned = False
+        self.num_streamed = 0
 
 
-class _Feed:
-    """Items on their way out of the actor: the work goes on while Ray sends the ones before."""
-
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
-        self._queue: asyncio.Queue[Any] = asyncio.Queue()
-
-    def put(self, item: Any) -> None:
-        """Append one item."""
-        self._queue.put_nowait(item)
-
-    async def batches(self, work: Coroutine[Any, Any, None]) -> AsyncGenerator[list[Any], None]:
-        """What `work` puts; the last item of the last batch is the OmniError it raised, if it did."""
-        task = asyncio.get_running_loop().create_task(self._watched(work))
-        try:
-            at_end = False
-            while not at_end:
-                batch = [await self._queue.get()]
-                await asyncio.sleep(0)  # what has just happened comes along
-                while not self._queue.empty():
-                    batch.append(self._queue.get_nowait())
-                if at_end := batch[-1] is _END:
-                    batch.pop()
-                if batch:
-                    yield batch
-        finally:
-            task.cancel()
-
-    async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except OmniError as error:
-            error.__cause__ = error.__context__ = None
-            self.put(error.with_traceback(None))  # its frames would keep the inputs in memory
-        except Exception as error:  # the actor's edge: every end of the work is told
-            self.put(StageError(self._stage, one_line(error), details=traceback.format_exc()))
-        self.put(_END)
+def _told(stage: str, error: Exception) -> OmniError:
+    """The error as the driver hears of it, without its frames: they would keep the inputs in memory."""
+    if not isinstance(error, OmniError):
+        return StageError(stage, one_line(error), details="".join(traceback.format_exception(error)))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
-_END = object()
-
-
-def _put_from_thread(loop: asyncio.AbstractEventLoop, feed: _Feed, item: Any) -> None:
-    loop.call_soon_threadsafe(feed.put, item)
+def _call_from_thread(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    loop.call_soon_threadsafe(function, *arguments)
 
 
 def _ready_to_send(payload: Payload) -> Payload:

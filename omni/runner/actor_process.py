@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import pickle
 from collections.abc import AsyncGenerator, Awaitable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -17,15 +18,14 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
-    TaskCancelledError,
     WorkerCrashedError,
 )
 
 from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError
 from omni.messages import Event, Payload
-from omni.runner.actor import Header, RunMessage, StageActor, Vitals
+from omni.runner.actor import SETUP, RunEnd, RunMessage, StageActor, Vitals
 from omni.runner.base import Delivered, StageProcess
-from omni.runner.process import RunCall, StageLaunch, one_line
+from omni.runner.process import Collected, RunCall, StageLaunch, Value, one_line
 from omni.stage import Report
 from omni.transport import object_store
 
@@ -68,7 +68,7 @@ class ActorProcess(StageProcess):
         self._life: _Life | None = None
         """None until it is set up, and again after its death."""
         self._building: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
         self._numbers = itertools.count()
         self._runs: dict[tuple[str, str], int] = {}
         self._waiting: dict[tuple[str, str], asyncio.Future[None]] = {}
@@ -98,36 +98,45 @@ class ActorProcess(StageProcess):
         """Start the process and load its stages. Raises StageSetupError; then the process is gone again."""
         stage = self._launches[0].context.name
         seconds = START_SECONDS + max(launch.context.spec.timeouts.setup_seconds for launch in self._launches)
-        actor = None
+        life: _Life | None = None
+        listening: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(seconds):
-                actor = await asyncio.to_thread(self._create)
-                async for ref in actor.setup.remote():
-                    for item in pickle.loads(await ref):
-                        if isinstance(item, OmniError):
-                            raise item
-                        report(item)
+                life = _Life(await asyncio.to_thread(self._create))
+                listening = asyncio.create_task(self._listen(life, report))
+                failure: OmniError | None = pickle.loads(await life.actor.setup.remote())
+            if failure is not None:
+                raise failure
         except BaseException as error:
-            if actor is not None:
-                _kill(actor)
+            if listening is not None:
+                listening.cancel()
+            if life is not None:
+                _kill(life.actor)
             if isinstance(error, TimeoutError):
                 remedy = f"raise stages.{stage}.timeouts.setup_seconds, or see whether the cluster has room for it"
                 raise StageSetupError(stage, f"its process was not ready after {seconds:g} s", remedy) from error
             if isinstance(error, RayError):
                 raise StageSetupError(stage, *describe_death(error), details=str(error)) from error
             raise
-        self._life = _Life(actor)
-        self._watching = asyncio.create_task(self._watch(self._life))
+        self._life, self._listening = life, listening
 
     def _create(self) -> Any:
         remote = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY, **self._options)
         return remote(StageActor).remote(self._launches, self._num_threads)
 
-    async def _watch(self, life: _Life) -> None:
-        """Notice a death at once, also when nothing runs, so that the next request meets a new process."""
+    async def _listen(self, life: _Life, report: Report) -> None:
+        """Hand out the actor's events. They end with its death, which is noticed so at once, also when nothing runs."""
         with contextlib.suppress(RayError):
-            await life.actor.watch.remote()
+            async for ref in life.actor.events.remote():
+                for number, item in pickle.loads(ray.get(ref)):  # it is here; `await` would cost a turn of the loop
+                    if number == SETUP:
+                        report(item)
+                    elif number in life.inboxes:
+                        life.inboxes[number].put_nowait(item)
+        life.is_silent = True
         self._bury(life)
+        for inbox in life.inboxes.values():
+            inbox.put_nowait(None)
 
     def _bury(self, life: _Life) -> None:
         if self._life is life:
@@ -141,7 +150,7 @@ class ActorProcess(StageProcess):
             self._bury(self._life)
 
     async def teardown(self) -> None:
-        for task in (self._building, self._watching):
+        for task in (self._building, self._listening):
             if task is not None:
                 task.cancel()
                 await asyncio.wait((task,))
@@ -160,35 +169,40 @@ class ActorProcess(StageProcess):
         number = self._runs[key] = next(self._numbers)
         if call.keep:
             self._kept.add(key)
-        stream: Any = None
+        inbox = life.inboxes[number] = asyncio.Queue()
+        result: Any = None
         try:
-            stream = await _submit(life.actor, number, call, sent)
-            async for ref in stream:
-                for item in pickle.loads(ray.get(ref)):  # it is here; `await` would cost a turn of the event loop
-                    if isinstance(item, Header):
-                        payload = await _payload_of(item, stream)
-                        stream = None
-                        yield Delivered(process=self.name, produced_at=item.produced_at, ref=payload)
-                        return
-                    if isinstance(item, OmniError):
-                        stream = None
-                        try:
-                            raise item
-                        finally:
-                            del item  # error and frame would keep each other alive, and `sent` with them
+            result = await _submit(life.actor, number, call, sent)
+            ended, loop = result.future(), asyncio.get_running_loop()
+            ended.add_done_callback(lambda _: loop.call_soon_threadsafe(inbox.put_nowait, None))
+            num_events, end = 0, None
+            while end is None or (
+                num_events < end.num_streamed and not life.is_silent
+            ):  # events may come after the end
+                item = await inbox.get()
+                if item is not None:
+                    num_events += 1
                     yield item
+                elif ended.done():  # None: the run has ended, or the actor is silent
+                    end, result = _end_of(ended), None
+            payload: Any = end.packed
+            if end.is_large:
+                written, payload = life.actor.take.options(num_returns=2).remote(number)
+                await written
+            for event in end.events:
+                yield event
+            if end.error is not None:
+                raise end.error
+            yield Delivered(process=self.name, produced_at=end.produced_at, ref=payload)
         except RayError as error:
             raise self._translate(call, life, error) from error
         finally:
-            del self._runs[key]
-            if stream is not None:
-                with contextlib.suppress(RayError):
-                    ray.cancel(stream)
+            del self._runs[key], life.inboxes[number]
+            if result is not None:
+                life.actor.abandon.remote(number)
 
     def _translate(self, call: RunCall, life: _Life, error: RayError) -> OmniError:
         """What Ray's error means for the run."""
-        if isinstance(error, TaskCancelledError):
-            return RequestAborted(call.request_id)
         if isinstance(error, RayTaskError):
             cause = error.cause
             if isinstance(cause, (*DEATHS, ObjectLostError)):
@@ -232,26 +246,22 @@ class ActorProcess(StageProcess):
 
 
 class _Life:
-    """One actor, from its setup to its death."""
+    """One actor, from its creation to its death."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self.inboxes: dict[int, asyncio.Queue[Event | None]] = {}
+        """Number of a run -> its events."""
+        self.is_silent = False
+        """No further events will come."""
         self.stuck_stage = ""
         """The stage whose run did not stop, so that the actor was killed."""
 
 
-async def _payload_of(header: Header, stream: Any) -> Any:
-    """What is to be sent to readers: the packed payload, its reference, or None when nobody elsewhere reads it.
-
-    Raises RayError when the payload could not be written.
-    """
-    if not header.follows:
-        return header.packed
-    # `async for` would fetch the payload; the plain iterator only waits until it exists.
-    payload: Any = await asyncio.to_thread(next, stream, None)
-    if await anext(stream, None) is None:  # the confirmation is missing, so the payload is an error
-        await payload
-    return payload
+def _end_of(ended: Future[Any]) -> RunEnd:
+    """How a run ended. Raises RayError when its process died or the payload could not be written."""
+    end: RunEnd = pickle.loads(ended.result())
+    return end
 
 
 async def read(ref: Any) -> Payload:
@@ -261,14 +271,17 @@ async def read(ref: Any) -> Payload:
 
 
 async def _submit(actor: Any, number: int, call: RunCall, sent: tuple[Any, ...]) -> Any:
-    """Send a run off; its stream. What is large is pickled in a thread."""
+    """Send a run off; the reference of its end. What is large is pickled in a thread."""
     try:
         items = [await item.to_send() if isinstance(item, DriverPayload) else item for item in sent]
         packed = tuple(item if isinstance(item, object_store.Packed) else None for item in items)
         arguments = [item for item in items if not isinstance(item, object_store.Packed)]
         message = RunMessage(number=number, call=call, sent=packed)
-        small = object_store.pack(message)
-        data = small.data if small is not None else await asyncio.to_thread(_put, message)
+        if any(isinstance(source, (Value, Collected)) for source in call.inputs.values()):
+            small = object_store.pack(message)
+            data = small.data if small is not None else await asyncio.to_thread(_put, message)
+        else:  # nothing of the caller's own, so plain pickle will do, which is much quicker
+            data = pickle.dumps(message)
     except (TypeError, AttributeError, pickle.PicklingError) as error:
         raise StageError(call.stage, f"one of its inputs cannot cross processes: {error}") from error
     return actor.run.remote(data, *arguments)

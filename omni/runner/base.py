@@ -71,6 +71,14 @@ class StageProcess(ABC):
         """Stop the process. Never raises for a process that is already gone."""
 
 
+class _Use(msgspec.Struct, frozen=True):
+    """What becomes of a stage's payload: the ports that are read, and whether they are read here or elsewhere."""
+
+    ports: tuple[str, ...]
+    keep: bool
+    send: bool
+
+
 class _RequestState:
     """The driver's side of one request."""
 
@@ -83,6 +91,10 @@ class _RequestState:
         self.started_at = time.perf_counter()
         self.over = asyncio.Event()
 
+    def hear(self, event: Event) -> None:
+        """Tell the caller, one turn of the loop later, so that the next stages are sent off first."""
+        asyncio.get_running_loop().call_soon(self.events.put_nowait, event)
+
 
 class Runner(ABC):
     """Carries out a plan. Use as `async with`; `run` may be called for many requests at once."""
@@ -92,6 +104,7 @@ class Runner(ABC):
         self.graph = plan.graph
         self._processes: dict[str, StageProcess] = {}
         self._process_of = {stage.stage: stage.process for stage in plan.stages}
+        self._uses = {stage: self._use_of(stage) for stage in self._process_of}
         self._requests: dict[str, _RequestState] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._running_on: dict[str, int] = dict.fromkeys(self._process_of, 0)
@@ -144,7 +157,7 @@ class Runner(ABC):
             raise RunnerError(f"a request with id '{request.id}' is running already; ids must differ")
         state = _RequestState(request, self.graph)
         self._requests[request.id] = state
-        state.events.put_nowait(Queued(request_id=request.id))
+        state.hear(Queued(request_id=request.id))
         self._carry_out(state, state.flow.start())
         try:
             while True:
@@ -233,7 +246,7 @@ class Runner(ABC):
                     if isinstance(item, StageStarted):
                         timer.cancel()
                         timer = loop.call_later(seconds, expire)
-                    state.events.put_nowait(item)
+                    state.hear(item)
         except (RequestAborted, asyncio.CancelledError):
             if overdue:
                 raise timeout_error(stage, seconds) from None
@@ -273,7 +286,7 @@ class Runner(ABC):
             final = Aborted(request_id=request_id, reason="the runner was stopped")
         self._free(state, freed)
         self._requests.pop(request_id, None)
-        state.events.put_nowait(final)
+        state.hear(final)
         state.over.set()
 
     async def _read_outputs(self, state: _RequestState) -> dict[str, Any]:
@@ -321,22 +334,28 @@ class Runner(ABC):
                     inputs[port] = Collected(parts=parts, joined=tuple(joined for _, joined in there))
             elif is_there(binding):
                 inputs[port] = resolve(binding)
-        readers = {self._process_of[reader] for reader in self.graph.readers(stage)}
+        use = self._uses[stage]
         call = RunCall(
             request_id=state.request.id,
             stage=stage,
             seed=state.request.seed,
             inputs=inputs,
-            needed_ports=self._needed_ports(stage),
-            keep=home in readers,
-            send=bool(readers - {home}) or stage in self.graph.output_stages(),
+            needed_ports=use.ports,
+            keep=use.keep,
+            send=use.send,
         )
         return call, tuple(state.payloads[source].ref for source in sent)
 
-    def _needed_ports(self, stage: str) -> tuple[str, ...]:
+    def _use_of(self, stage: str) -> _Use:
+        home = self._process_of[stage]
+        readers = {self._process_of[reader] for reader in self.graph.readers(stage)}
         edges = (edge.source for edge in self.graph.edges())
         sources = [source for source in (*edges, *self.graph.outputs.values()) if source.stage == stage]
-        return tuple(dict.fromkeys(source.port for source in sources))
+        return _Use(
+            ports=tuple(dict.fromkeys(source.port for source in sources)),
+            keep=home in readers,
+            send=bool(readers - {home}) or stage in self.graph.output_stages(),
+        )
 
     def _stop_grace(self) -> float:
         """How long `stop` waits for aborted runs to end, in seconds."""

@@ -6,7 +6,7 @@ import json
 from statistics import median
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from omni.bench.report import Report, build_section, build_target, describe_machine, percentile, print_report
@@ -39,7 +39,6 @@ def test_targets_are_judged(value: float, at_most: bool, met: bool) -> None:
     assert build_target("t", value, 1.0, "ms", at_most).met is met
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0.01, 1.0))
 def test_percentiles_are_values_that_enough_do_not_exceed(values: list[float], share: float) -> None:
     found = percentile(values, share)

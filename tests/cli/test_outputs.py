@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -89,7 +89,6 @@ def test_a_sound_goes_into_its_clip() -> None:
     assert written(apart, video=clip, audio=sound) == ["out.gif", "out.wav"]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3))
 def test_names_never_meet(num_requests: int, num_items: int, num_outputs: int) -> None:
     plan = plan_of({f"o{number}": "image" for number in range(num_outputs)}, ".png", num_requests)

@@ -24,7 +24,7 @@ BLUE_CIRCLE = "a small blue circle on a white background"
 
 
 @given(st.integers(0, 2**32))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_wording_of_a_scene_is_read_back_as_that_scene(seed):
     rng = random.Random(seed)
     scene = sample_scene(rng)

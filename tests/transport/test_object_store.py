@@ -167,7 +167,7 @@ def test_small_and_odd_tensors(ray_cluster: object, through: Callable[[Any], Any
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_view_arrives_equal(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))
     tensor = torch.arange(int(np.prod(shape)), dtype=torch.int32).reshape(shape)
