@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 import msgspec
 
 from omni.checkpoint import gather_facts
-from omni.errors import OmniError, RequestAborted, RequestFailed, RunnerError
+from omni.errors import OmniError, PlanError, RequestAborted, RequestFailed, RunnerError
 from omni.graph import Graph, base_type
 from omni.hardware import load_hardware
 from omni.inputs import build_request
@@ -62,6 +63,8 @@ class Result:
         self.graph = graph
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copying and pickling look for these before `outputs` is there
+            raise AttributeError(name)
         try:
             return self.__dict__["outputs"][name]
         except KeyError:
@@ -129,8 +132,10 @@ class AsyncOmni:
         report: Report = lambda progress: None,
     ) -> None:
         self.loaded: LoadedGraph = load_graph(graph, overrides, base_dir)
-        self.plan = make_plan(self.loaded.graph, hardware, runner)
         self._address = address
+        self._choice: RunnerChoice = runner
+        self._plan = self._plan_ahead(hardware)
+        self._starting = asyncio.Lock()
         self._report = report
         self._runner: Runner | None = None
 
@@ -139,18 +144,50 @@ class AsyncOmni:
         """The checked graph."""
         return self.loaded.graph
 
+    @property
+    def plan(self) -> Plan:
+        """What runs where, and why. On a cluster that is joined, it is made at the start, of the nodes there."""
+        if self._plan is None:
+            raise RunnerError("the plan is made when Omni starts, of the nodes of the Ray cluster that it joins")
+        return self._plan
+
+    def _plan_ahead(self, hardware: str | Hardware | None) -> Plan | None:
+        """The plan, or None when it needs the nodes of a cluster that will be joined."""
+        joins = hardware is None and bool(self._address or os.environ.get("RAY_ADDRESS")) and self._choice != "inline"
+        try:
+            plan = make_plan(self.graph, hardware, self._choice)
+        except PlanError:
+            if joins:
+                return None
+            raise
+        return None if joins and plan.runner == "ray" else plan
+
     async def start(self) -> None:
         """Load all stages. Raises StageSetupError naming the stage that could not load."""
-        if self._runner is None:
-            runner = build_runner(self.plan, self._address)
-            await runner.start(self._report)
-            self._runner = runner
+        async with self._starting:
+            if self._runner is None:
+                self._runner = await self._start()
 
     async def stop(self) -> None:
         """Abort what runs and release everything. Safe to call twice."""
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.stop()
+
+    async def _start(self) -> Runner:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._plan is None:
+                from omni.runner.ray_runner import joined
+
+                hardware = await stack.enter_async_context(joined(self._address))
+                self._plan = make_plan(self.graph, hardware, self._choice)
+            runner = build_runner(self._plan, self._address)
+            await runner.start(self._report)
+            return runner
+
+    def stop_seconds(self) -> float:
+        """An upper bound of `stop`: what stages may take to stop, and to be torn down."""
+        return STOP_SECONDS + max(spec.timeouts.abort_seconds for spec in self.graph.spec.stages.values())
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -216,6 +253,10 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
     """Run a loop in this thread until it is stopped, then close it."""
     try:
         loop.run_forever()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
     finally:
@@ -232,6 +273,7 @@ class Omni:
         self._omni = AsyncOmni(graph, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     @property
     def plan(self) -> Plan:
@@ -250,6 +292,10 @@ class Omni:
 
     def start(self) -> None:
         """Load all stages; see AsyncOmni.start."""
+        with self._starting:
+            self._start()
+
+    def _start(self) -> None:
         if self._loop is not None:
             return
         self._loop = asyncio.new_event_loop()
@@ -266,7 +312,7 @@ class Omni:
         if self._loop is None or self._thread is None:
             return
         try:
-            self._call(self._omni.stop(), STOP_SECONDS)
+            self._call(self._omni.stop(), self._omni.stop_seconds())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(STOP_SECONDS)

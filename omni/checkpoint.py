@@ -12,7 +12,7 @@ import msgspec
 
 from omni.errors import UsageError
 from omni.graph import Graph
-from omni.model_paths import cached_snapshot, resolve_model_path
+from omni.model_paths import cached_snapshot, is_path, resolve_model_path
 from omni.registry import CheckpointRef, find_kind_of
 from omni.sizes import format_bytes
 
@@ -40,14 +40,19 @@ class CheckpointFacts(msgspec.Struct, frozen=True):
         """Bytes of all weights."""
         return sum(self.components.values())
 
-    def loaded_bytes(self, dtype: str = "auto") -> int:
-        """Bytes of all weights once loaded as `dtype`; `auto` keeps the checkpoint's own."""
-        size = _FLOAT_SIZES.get(dtype)
+    def loaded_bytes(self, dtype: str | None, device: str) -> int:
+        """Bytes of all weights once loaded as `dtype` onto `device`; None keeps the checkpoint's own dtypes."""
+        size = _FLOAT_SIZES.get(auto_dtype(device) if dtype == "auto" else dtype or "")
         if size is None or not self.dtypes:
             return self.total_bytes
         return sum(
             count * size // _FLOAT_SIZES[name] if name in _FLOAT_SIZES else count for name, count in self.dtypes.items()
         )
+
+
+def auto_dtype(device: str) -> str:
+    """What `dtype: auto` loads as: bfloat16 on a GPU, float32 on a CPU, whose bfloat16 convolutions are slow."""
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 _T = TypeVar("_T")
@@ -103,15 +108,35 @@ def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
         return UNKNOWN
 
 
+def find_checkpoint(ref: CheckpointRef, base_dir: str) -> Path | None:
+    """The checkpoint's folder on this machine: its path, or the hub id's snapshot in the local cache.
+
+    A snapshot that is not whole is a download that was cut short, and does not count.
+    """
+    resolved = resolve_model_path(ref.model, base_dir)
+    if os.path.isdir(resolved):
+        return Path(resolved)
+    snapshot = None if is_path(ref.model) else cached_snapshot(ref.model, ref.revision)
+    try:
+        if snapshot is not None:
+            _read_folder(snapshot, ref.variant)
+    except _Missing:
+        return None
+    except UsageError:  # all there, but of no use; whoever loads it says why
+        pass
+    return snapshot
+
+
 def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
     """Sizes of a diffusers pipeline (one component per subfolder) or of a single model."""
     index = folder / "model_index.json"
     if index.is_file():
         entries = _decode(index, dict[str, msgspec.Raw])
-        names = [name for name, raw in entries.items() if not name.startswith("_") and _is_component(bytes(raw))]
-        folders = {name: folder / name for name in names}
+        parts = {name: _component(bytes(raw)) for name, raw in entries.items() if not name.startswith("_")}
+        folders = {name: folder / name for name, part in parts.items() if part}
+        models = {name for name, part in parts.items() if part and _is_model(*part)}
     else:
-        folders = {"model": folder}
+        folders, models = {"model": folder}, {"model"}
     components: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     for name, place in folders.items():
@@ -121,18 +146,24 @@ def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
             for dtype, size in _read_header(file).items():
                 components[name] = components.get(name, 0) + size
                 dtypes[dtype] = dtypes.get(dtype, 0) + size
+        if name in models and name not in components and (place / "config.json").is_file():
+            raise _Missing(f"{place}: holds a config.json, but no safetensors weights")
     if not components:
         raise _Missing(f"{folder}: holds no safetensors weights")
     return CheckpointFacts(components, dtypes)
 
 
-def _is_component(raw: bytes) -> bool:
+def _component(raw: bytes) -> tuple[str, str] | None:
     """`["diffusers", "AutoencoderKL"]` is one; `[null, null]` is an optional one left out; the rest is settings."""
     try:
-        library, name = msgspec.json.decode(raw, type=tuple[str | None, str | None])
+        return msgspec.json.decode(raw, type=tuple[str, str])
     except msgspec.ValidationError:
-        return False
-    return library is not None and name is not None
+        return None
+
+
+def _is_model(library: str, name: str) -> bool:
+    """Whether a component has weights, as far as its class can tell without being imported."""
+    return library in ("diffusers", "transformers") and not re.search("Token|Processor|Extractor|Scheduler", name)
 
 
 def _weight_files(folder: Path, variant: str | None) -> Iterator[Path]:

@@ -39,6 +39,12 @@ class Mistake(msgspec.Struct, frozen=True):
         return ": ".join(part for part in (place, self.path, self.message) if part)
 
 
+def one_line(error: BaseException) -> str:
+    """`TypeError: what it says`, without line breaks."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class OmniError(Exception):
     """Base of all errors that Omni raises on purpose."""
 

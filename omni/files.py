@@ -34,6 +34,9 @@ SUFFIXES = {
 }
 """Type of a value -> suffixes that it can be written under; the first is the default."""
 
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MEDIA_FORMATS = ("mov", "mp4", "matroska", "webm", "gif", "wav", "mp3", "flac", "ogg")
+"""Containers that are read, by FFmpeg's names. No playlists: these make FFmpeg open other files and addresses."""
 MAX_PIXELS = 100_000_000
 """A larger picture is refused: some files of a few KB unpack to gigabytes."""
 MAX_MEDIA_BYTES = 8 * 1024**3
@@ -79,12 +82,12 @@ def _read_image(path: str) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(f"{path}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture that can be read; PNG, JPEG and WebP are") from error
+        raise InputError(f"{path} is not a picture that can be read; {', '.join(PICTURE_FORMATS)} are") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path}: too many pixels; at most {MAX_PIXELS} are read") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -153,20 +156,24 @@ def _open_media(path: str) -> Iterator[av.container.InputContainer]:
     import av
 
     try:
-        with av.open(path) as container:
+        with open(path, "rb") as file, av.open(file, options={"format_whitelist": ",".join(MEDIA_FORMATS)}) as container:
             yield container
     except av.FFmpegError as error:
-        raise InputError(f"{path} is not a clip or sound that can be read: {error.strerror}") from error
+        formats = ", ".join(MEDIA_FORMATS)
+        raise InputError(f"{path} is not a clip or sound that can be read ({formats}): {error.strerror}") from error
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_output(value: Any, path: str | Path, *, metadata: str = "", sound: Audio | None = None) -> Path:
+def write_output(
+    value: Any, path: str | Path, *, metadata: str = "", sound: Audio | None = None, replace: bool = True
+) -> Path:
     """Write one value under `path`, replacing what is there, and return the path.
 
     The suffix decides the format, see SUFFIXES. `metadata` goes into a PNG's text chunk `omni`; `sound` becomes the
-    sound track of an .mp4. Raises UsageError when the value does not fit the suffix or the file cannot be written.
+    sound track of an .mp4. Raises UsageError when the value does not fit the suffix or the file cannot be written,
+    and FileExistsError when the name is taken and `replace` is false.
     """
     path = Path(path)
     kind, suffix = kind_of(value), path.suffix.lower()
@@ -180,7 +187,7 @@ def write_output(value: Any, path: str | Path, *, metadata: str = "", sound: Aud
         "text": lambda part: _write_text(value if value.endswith("\n") else f"{value}\n", part),
         "json": lambda part: _write_text(json.dumps(value, indent=2, ensure_ascii=False, default=repr) + "\n", part),
     }
-    with _whole_file(path) as part:
+    with _whole_file(path, replace) as part:
         writers[kind](part)
     return path
 
@@ -198,14 +205,20 @@ def check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[str]:
+def _whole_file(path: Path, replace: bool) -> Iterator[str]:
     """A name beside `path` to write to; it becomes `path` when the block ends well, and is gone otherwise."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield str(part)
+        if not replace:
+            path.open("x").close()  # takes the name, or finds it taken; not every file system has hard links
         os.replace(part, path)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:  # of the libraries that write
+        raise UsageError(f"cannot write {path}: {type(error).__name__}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -26,6 +26,10 @@ from omni.sizes import GIB, parse_bytes
 
 NVIDIA_SMI_SECONDS = 10.0
 MIB = 1024**2
+DEVICE_ORDER = "PCI_BUS_ID"
+"""CUDA_DEVICE_ORDER under which CUDA's numbers of GPUs are those of nvidia-smi; CUDA's own puts the fastest first."""
+NO_DEVICES = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose."""
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -50,6 +54,8 @@ class Hardware(msgspec.Struct, frozen=True):
 
     name: str
     nodes: tuple[Node, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know about how it was found."""
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -254,8 +260,13 @@ def _find_mark(node: Any, path: Sequence[str | int]) -> Any:
 
 
 def detect() -> Hardware:
-    """What this process may use here: cores and memory within its control group, and NVIDIA GPUs."""
-    return Hardware("this machine", (Node("local", _count_cpus(), _count_memory(), _list_gpus()),))
+    """What this process may use here: cores and memory within its control group, and NVIDIA GPUs.
+
+    GPUs are numbered as nvidia-smi does; CUDA_DEVICE_ORDER is set so that CUDA does the same, where it is not set yet.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", DEVICE_ORDER)
+    gpus, notes = _list_gpus()
+    return Hardware("this machine", (Node("local", count_cpus(), count_memory_bytes(), gpus),), notes)
 
 
 def from_ray_nodes(nodes: Sequence[Mapping[str, Any]], name: str = "ray cluster") -> Hardware:
@@ -287,7 +298,8 @@ def _memory_of_type(label: str) -> int:
     return next((GPU_TYPES[word].memory_mib * MIB for word in words if word in GPU_TYPES), 0)
 
 
-def _count_cpus() -> float:
+def count_cpus() -> float:
+    """Cores that this process may use: its affinity, or its control group's quota when that is less."""
     cores = float(len(os.sched_getaffinity(0)))
     quota = _read_words("/sys/fs/cgroup/cpu.max")  # version 2: "max 100000" or "150000 100000"
     if len(quota) != 2:
@@ -297,9 +309,9 @@ def _count_cpus() -> float:
     return cores
 
 
-def _count_memory() -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    total = int(lines["MemTotal"].split()[0]) * 1024
+def count_memory_bytes() -> int:
+    """Memory of this machine, or of the control group when that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = _read_words("/sys/fs/cgroup/memory.max") or _read_words("/sys/fs/cgroup/memory/memory.limit_in_bytes")
     return min(total, int(limits[0])) if limits and limits[0].isdigit() else total
 
@@ -311,23 +323,26 @@ def _read_words(file: str) -> list[str]:
         return []
 
 
-def _list_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi lists, as far as CUDA_VISIBLE_DEVICES shows them. None without a driver."""
+def _list_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
+    """The GPUs that nvidia-smi lists, as far as CUDA_VISIBLE_DEVICES shows them, and notes. None without a driver."""
     command = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return _parse_smi(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES")) if done.returncode == 0 else ()
+        return (), ()
+    return _parse_smi(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES")) if done.returncode == 0 else ((), ())
 
 
-def _parse_smi(text: str, visible: str | None) -> tuple[Gpu, ...]:
+def _parse_smi(text: str, visible: str | None) -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
-    gpus = []
+    gpus: list[Gpu] = []
     for wanted in [row[0] for row in rows] if visible is None else visible.split(","):
         key = wanted.strip()
         row = next((row for row in rows if row[0] == key or (key.startswith("GPU-") and row[1].startswith(key))), None)
         if row is None:  # CUDA sees none from the first one on that is not there
-            break
+            if key in NO_DEVICES:
+                break
+            note = f"CUDA_VISIBLE_DEVICES names {key!r}, which nvidia-smi does not list as a GPU; it and all after it"
+            return tuple(gpus), (f"{note} are left out of the plan (parts of a GPU, MIG-..., are not supported)",)
         gpus.append(Gpu(row[2], int(row[3]) * MIB if row[3].isdigit() else 0))  # "[N/A]" where it is the host's memory
-    return tuple(gpus)
+    return tuple(gpus), ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
 import uuid
@@ -33,7 +34,10 @@ def build_request(
             allowed = ", ".join(sorted(graph.inputs)) or "none"
             raise InputError(f"unknown input '{name}'{nearest(name, graph.inputs)} (this graph takes: {allowed})")
         _check_type(graph, name, value)
-    defaults = {name: spec.default for name, spec in graph.inputs.items() if spec.default is not msgspec.UNSET}
+        _check_unicode(name, value)
+    specs = graph.inputs.items()
+    # Copies: a stage may write into what it gets, and the graph's own would change for all later requests.
+    defaults = {name: copy.deepcopy(spec.default) for name, spec in specs if spec.default is not msgspec.UNSET}
     values = {**defaults, **given}
     for name, stage in _required_fields(graph).items():
         if name not in values:
@@ -93,6 +97,22 @@ def _check_type(graph: Graph, name: str, value: Any) -> None:
     for item in items:
         if not _matches(item, base_type(port_type)):
             raise InputError(f"input '{name}' must be {wanted}, not {type(item).__name__}")
+
+
+def _check_unicode(name: str, value: Any) -> None:
+    """Refuse text with lone surrogates, which is how Python shows bytes that are no UTF-8: nothing can write it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"input '{name}' is not valid UTF-8 text: {ascii(value[:60])}") from error
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_unicode(name, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_unicode(name, key)
+            _check_unicode(name, item)
 
 
 def _takes_one(graph: Graph, name: str) -> str:

@@ -19,18 +19,6 @@ def is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or "\\" in model
 
 
-def find_model_folder(model: str, base_dir: str, revision: str | None = None, index: str = "") -> Path | None:
-    """The model's folder on this machine: its path, or the hub id's snapshot in the local cache.
-
-    A snapshot without the file `index` is a download that was cut short, and does not count.
-    """
-    resolved = resolve_model_path(model, base_dir)
-    if os.path.isdir(resolved):
-        return Path(resolved)
-    snapshot = None if is_path(model) else cached_snapshot(model, revision)
-    return snapshot if snapshot and (snapshot / index).exists() else None
-
-
 def missing_folder(model: str, base_dir: str) -> str:
     """What is wrong with a path that is no folder: nearest sibling, and what a model is."""
     path = Path(os.path.abspath(os.path.join(base_dir, os.path.expanduser(model))))

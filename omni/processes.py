@@ -59,7 +59,8 @@ def read_want(name: str, spec: StageSpec, hardware: Hardware, facts: CheckpointF
     if not has_model:
         weight_bytes: int | None = 0
     else:
-        weight_bytes = facts.loaded_bytes(getattr(spec, "dtype", "auto")) if facts and facts.known else None
+        kind, dtype = "cuda" if on_gpu else "cpu", getattr(spec, "dtype", None)
+        weight_bytes = facts.loaded_bytes(dtype, kind) if facts and facts.known else None
     return Want(name, spec, weight_bytes, is_heavy=has_model or bool(gpus), on_gpu=on_gpu)
 
 

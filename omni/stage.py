@@ -60,6 +60,10 @@ class Stage(ABC):
     async def abort(self, request_id: str) -> None:
         """Make the run of `request_id` stop soon; unknown ids are ignored."""
 
+    def is_blocked(self) -> bool:
+        """Whether runs that nobody waits for any more hold all that the stage works with."""
+        return False
+
     async def teardown(self) -> None:
         """Release everything; called once, after the last run."""
 
@@ -92,6 +96,8 @@ class ThreadedStage(Stage):
         super().__init__(context)
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix=f"stage-{context.name}")
         self._runs: dict[str, tuple[Work, Future[None], asyncio.Queue[StageItem | BaseException]]] = {}
+        self._left: set[Future[None]] = set()
+        """Work that still holds a thread although its run is over."""
 
     def load(self, report: Report) -> None:
         """Blocking part of `setup`."""
@@ -117,8 +123,10 @@ class ThreadedStage(Stage):
             emit(Started())
             try:
                 emit(Output(payload=self.compute(call, work)))
-            except BaseException as error:  # handed over to the event loop, which raises it again
+            except Exception as error:  # handed over to the event loop, which raises it again
                 emit(error)
+            except BaseException as error:  # a SystemExit, say, would end the event loop
+                emit(RuntimeError(f"{type(error).__name__} in the stage's thread"))
 
         work = Work(call.request_id, emit)
         future = self._pool.submit(compute)
@@ -131,8 +139,13 @@ class ThreadedStage(Stage):
             yield item
         finally:
             work.stop.set()
-            future.cancel()
+            if not future.cancel():
+                self._left.add(future)
+                future.add_done_callback(self._left.discard)
             self._runs.pop(call.request_id, None)
+
+    def is_blocked(self) -> bool:
+        return len(self._left) >= self.num_workers
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._runs:

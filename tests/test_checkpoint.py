@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from omni.checkpoint import CheckpointFacts, gather_facts, read_facts
+from omni.checkpoint import CheckpointFacts, find_checkpoint, gather_facts, read_facts
 from omni.errors import UsageError
 from omni.graph import resolve
 from omni.model_paths import cached_snapshot
@@ -81,9 +82,21 @@ def test_diffusers_folder(tmp_path: Path) -> None:
     assert facts.dtypes == {"BF16": 300, "F32": 40, "I64": 8}
     assert facts.total_bytes == 348
     assert facts.known
-    assert facts.loaded_bytes("bfloat16") == 300 + 20 + 8
-    assert facts.loaded_bytes("float32") == 600 + 40 + 8
-    assert facts.loaded_bytes() == 348
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "size"),
+    [
+        ("bfloat16", "cpu", 300 + 20 + 8),
+        ("float32", "cuda", 600 + 40 + 8),
+        ("auto", "cpu", 600 + 40 + 8),
+        ("auto", "cuda:1", 300 + 20 + 8),
+        (None, "cpu", 348),
+    ],
+)
+def test_bytes_once_loaded(dtype: str | None, device: str, size: int) -> None:
+    facts = CheckpointFacts({"transformer": 300, "vae": 48}, {"BF16": 300, "F32": 40, "I64": 8})
+    assert facts.loaded_bytes(dtype, device) == size
 
 
 def test_transformers_folder(tmp_path: Path) -> None:
@@ -140,10 +153,35 @@ def test_cached_checkpoint(cache: Path, tmp_path: Path) -> None:
     assert not read_facts(CheckpointRef("owner/other"), str(tmp_path)).known
 
 
-def test_half_a_download_is_unknown(cache: Path, tmp_path: Path) -> None:
-    pipe = make_pipeline(cache / "snapshots" / "main")
-    (pipe / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    assert not read_facts(CheckpointRef("owner/name"), str(tmp_path)).known
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        "model_index.json",
+        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "vae",
+        "tokenizer",
+    ],
+)
+def test_half_a_download_is_not_there_yet(lacking: str, cache: Path, tmp_path: Path) -> None:
+    pipe, ref = make_pipeline(cache / "snapshots" / "main"), CheckpointRef("owner/name")
+    for config in ("vae/config.json", "tokenizer/config.json"):
+        write_json(pipe / config, {})
+    assert find_checkpoint(ref, str(tmp_path)) == pipe
+    part = pipe / lacking
+    if part.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.unlink()
+    assert find_checkpoint(ref, str(tmp_path)) is None
+    assert not read_facts(ref, str(tmp_path)).known
+
+
+def test_a_download_that_is_of_no_use_is_there(cache: Path, tmp_path: Path) -> None:
+    snapshot = cache / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.bin").touch()
+    assert find_checkpoint(CheckpointRef("owner/name"), str(tmp_path)) == snapshot
 
 
 @pytest.mark.parametrize("variable", ["HF_HOME", "XDG_CACHE_HOME"])

@@ -122,6 +122,13 @@ def test_dtype_changes_the_bytes() -> None:
     assert plan_graph(graph, preset("cpu4"), facts).stage("a").weight_bytes == 6 * GIB
 
 
+@pytest.mark.parametrize(("device", "size"), [("auto", 4), ("cpu", 8)])
+def test_auto_dtype_is_sized_as_it_loads(device: str, size: int) -> None:
+    graph = resolve(GraphSpec(stages={"a": stage(device=device)}))
+    facts = {"a": CheckpointFacts({"model": 8 * GIB}, {"F32": 8 * GIB})}
+    assert plan_graph(graph, TWO, facts).stage("a").weight_bytes == size * GIB
+
+
 @pytest.mark.parametrize(
     ("spec", "hardware", "message"),
     [

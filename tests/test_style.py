@@ -21,6 +21,8 @@ BROAD_EXCEPTS = {
     "omni/cli/main.py:main": "the CLI edge: any error becomes one line and an exit code",
     "omni/runner/actor.py:setup": "the actor's edge: its error is told to the driver",
     "omni/runner/actor.py:run": "the same edge for a run",
+    "omni/runner/base.py:_run_stage": "the runner's edge: whatever goes wrong, the request gets its end",
+    "omni/runner/base.py:_finish": "the same edge for reading the outputs",
     "omni/runner/process.py:_setup_one": "the edge to a stage's code: its error becomes a StageSetupError",
     "omni/runner/process.py:run": "the same edge for a run: its error becomes a StageError",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     files: tuple[Path, ...] = ()
     timings: Timings | None = None
     error: OmniError | None = None
+    details: str = ""
+    """Where a fault of ours happened."""
 
 
 class Execution:
@@ -50,7 +53,19 @@ class Execution:
         """Load the graph, then run all requests. A failed request does not keep the others from being written."""
         self._view.labels = job.labels()
         async with job.omni:
-            return await asyncio.gather(*(self._run_one(job, number) for number in range(len(job.requests))))
+            work = [self._run_one(job, number) for number in range(len(job.requests))]
+            ends = await asyncio.gather(*work, return_exceptions=True)
+            return [self._outcome(request, end) for request, end in zip(job.requests, ends, strict=True)]
+
+    def _outcome(self, request: Request, end: Outcome | BaseException) -> Outcome:
+        """The outcome of a request, also when it ended with a fault of ours: that is not the others' fault."""
+        if isinstance(end, Outcome):
+            return end
+        if not isinstance(end, Exception):
+            raise end
+        error = end if isinstance(end, OmniError) else OmniError(f"{type(end).__name__}: {end}")
+        label = self._view.labels.get(request.id, "")
+        return Outcome(label=label, seed=request.seed, error=error, details="".join(traceback.format_exception(end)))
 
     async def _run_one(self, job: Job, number: int) -> Outcome:
         request = job.requests[number]

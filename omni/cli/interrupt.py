@@ -27,15 +27,9 @@ class Interrupts:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._count = 0
 
-    def install(self) -> None:
-        """Take over the signals; again, when a library has taken them since. Only the main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                previous = signal.signal(number, self._handle)
-                self._previous.setdefault(number, previous)
-
     def __enter__(self) -> Self:
-        self.install()
+        if threading.current_thread() is threading.main_thread():  # no other thread can
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *exc_info: object) -> None:

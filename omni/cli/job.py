@@ -20,6 +20,7 @@ from omni.messages import LoadProgress, Request
 from omni.recipe import (
     Recipe,
     SourceFile,
+    changed_versions,
     check_files,
     digest_file,
     encode_recipe,
@@ -65,6 +66,8 @@ def prepare(args: argparse.Namespace, report: Callable[[LoadProgress], None]) ->
         hardware=args.hardware,
         report=report,
     )
+    for note in omni.plan.hardware.notes:
+        print(f"warning: {note}", file=sys.stderr)
     given = _read_fields(args, omni, recipe)
     seed = args.seed if args.seed is not None else recipe.seed if recipe else random.SystemRandom().randrange(MAX_SEED)
     requests = []
@@ -86,9 +89,11 @@ def _read_recipe(graph: str, trusted: bool) -> Recipe | None:
     unsafe = needs_trust(recipe)
     if unsafe and not trusted:
         raise UsageError(
-            f"{graph}: its graph can run code or use keys of this machine ({', '.join(unsafe)}); "
+            f"{graph}: its graph can run code, or send prompts and keys elsewhere ({', '.join(unsafe)}); "
             "say --trust if you know where the picture comes from"
         )
+    if changed := changed_versions(recipe):
+        print(f"{graph}: made with {', '.join(changed)}; the pixels may differ", file=sys.stderr)
     return recipe
 
 

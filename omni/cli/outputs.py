@@ -6,6 +6,7 @@ of its kind: requests (1, 2, ...), outputs with this suffix (their names), items
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ class OutputPlan(msgspec.Struct, frozen=True):
     """Output -> its type, lists taken off."""
     sound_of: dict[str, str]
     """Video output -> the audio output that becomes its sound track."""
+    numbered: bool = False
+    """Whether the stem is of our own choice and ends in a number: then no file is replaced."""
 
     def suffix_for(self, kind: str) -> str:
         """The suffix of files of a kind; empty when it is only printed."""
@@ -75,9 +78,18 @@ class OutputPlan(msgspec.Struct, frozen=True):
                 if not self.suffix_for(kind):
                     continue
                 sound = sounds[index] if index < len(sounds) and isinstance(sounds[index], Audio) else None
-                path = self.path(request, name, index, len(items), kind)
-                paths.append(write_output(item, path, metadata=metadata, sound=sound))
+                options = {"metadata": metadata, "sound": sound, "replace": not self.numbered}
+                plan, path = self, None
+                while path is None:
+                    with contextlib.suppress(FileExistsError):  # another run has taken the name since
+                        path = write_output(item, plan.path(request, name, index, len(items), kind), **options)
+                    plan = plan if path else plan._next()
+                paths.append(path)
         return paths
+
+    def _next(self) -> OutputPlan:
+        name, _, number = self.stem.rpartition("-")
+        return msgspec.structs.replace(self, stem=_numbered(name, int(number) + 1))
 
 
 def plan_outputs(graph: Graph, output: str | None, num_requests: int) -> OutputPlan:
@@ -99,7 +111,8 @@ def plan_outputs(graph: Graph, output: str | None, num_requests: int) -> OutputP
         for video, sound in ((v, a) for v in types for a in types if (types[v], types[a]) == ("video", "audio")):
             if graph.outputs[video].stage == graph.outputs[sound].stage:
                 sound_of[video] = sound
-    return OutputPlan(folder, stem, suffix, num_requests, types, sound_of)
+    numbered = output is None or _is_folder(output)
+    return OutputPlan(folder, stem, suffix, num_requests, types, sound_of, numbered)
 
 
 def items_of(value: Any) -> list[Any]:
@@ -126,7 +139,11 @@ def _split(output: str | None, graph_name: str) -> tuple[Path, str, str]:
     name = re.sub(r"[^\w.-]+", "_", graph_name).strip(".") or "graph"
     taken = {re.split(r"[.-]", entry.removeprefix(f"{name}-"), maxsplit=1)[0] for entry in _entries(folder, f"{name}-")}
     number = next(number for number in range(1, len(taken) + 2) if f"{number:03d}" not in taken)
-    return folder, f"{name}-{number:03d}", ""
+    return folder, _numbered(name, number), ""
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}-{number:03d}"
 
 
 def _entries(folder: Path, prefix: str) -> list[str]:

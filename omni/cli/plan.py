@@ -1,4 +1,7 @@
-"""Show what would run where, and why: processes, stages, edges, and a drawing of the graph. Nothing is started."""
+"""Show what would run where, and why: processes, stages, edges, and a drawing of the graph. Nothing is started.
+
+Modules of functions that the graph names are imported, to read their type hints.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omni.cli.run import RUNNERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan for other hardware than this machine: h200x8, h200x8x2 (two nodes), cpu16, or an inventory file",
     )
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="change a value of the graph")
-    parser.add_argument("--runner", choices=("auto", "inline", "ray"), default="auto", help="override the choice")
+    parser.add_argument("--runner", choices=RUNNERS, default="auto", help="override the choice")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--svg", metavar="FILE", help="also draw the graph into this file")
 
@@ -103,7 +108,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             }
             for planned in plan.edges
         ],
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.hardware.notes, *plan.warnings],
     }
 
 
@@ -123,7 +128,7 @@ def print_plan(plan: Plan) -> None:
     for table in (_process_table(plan), _stage_table(plan), _edge_table(plan)):
         if table.row_count:
             _print_table(console, table, ascii_only)
-    for warning in plan.warnings:
+    for warning in (*plan.hardware.notes, *plan.warnings):
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 

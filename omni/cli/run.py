@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omni.cli.execution import Outcome
 
 RUNNERS = ("auto", "inline", "ray")
+"""omni.api.RunnerChoice, which takes long to import; tests compare them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inputs.add_argument("--seed", metavar="N", type=int, help="makes the run repeatable; drawn at random when left out")
     inputs.add_argument("--n", metavar="N", type=int, default=1, help="runs per prompt, with seeds SEED, SEED+1, ...")
-    inputs.add_argument("--trust", action="store_true", help="run a picture whose graph names code or keys of its own")
+    inputs.add_argument("--trust", action="store_true", help="run a picture whose graph names code, servers or keys of its own")
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument(
         "--output",
@@ -83,7 +84,7 @@ def _report(args: argparse.Namespace, outcomes: list[Outcome]) -> int:
             print(*outcome.texts, *outcome.files, sep="\n", end="\n" if outcome.texts or outcome.files else "")
         if outcome.error is not None:
             print(f"omni run: {outcome.label}{outcome.error}", file=sys.stderr)
-            if args.verbose and (details := getattr(outcome.error, "details", "")):
+            if args.verbose and (details := outcome.details or getattr(outcome.error, "details", "")):
                 print(details, file=sys.stderr)
     done = [outcome for outcome in outcomes if outcome.timings is not None]
     if done and not args.quiet:

@@ -29,7 +29,7 @@ from omni.runner.process import Collected, RunCall, StageLaunch, Value, one_line
 from omni.stage import Report
 from omni.transport import object_store
 
-MAX_CONCURRENCY = 1000
+MAX_CONCURRENCY = 10_000
 """Calls that an actor takes at once: high, so that aborts and pings never wait for runs."""
 START_SECONDS = 120.0
 """What a process may take to start, on top of its stages' setup deadlines."""
@@ -236,7 +236,8 @@ class ActorProcess(StageProcess):
     def free(self, request_id: str, stage: str) -> None:
         if (request_id, stage) in self._kept and self._life is not None:
             self._kept.discard((request_id, stage))
-            self._life.actor.free.remote(request_id, stage)
+            with contextlib.suppress(RayError):
+                self._life.actor.free.remote(request_id, stage)
 
     async def ping(self) -> Vitals:
         """How the process is. Raises RayError when it is dead, TimeoutError when it does not answer."""

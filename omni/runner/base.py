@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
@@ -21,7 +22,7 @@ from omni.graph import FromRequest, FromStage, Gather, Graph
 from omni.messages import Aborted, Done, Event, Failed, Final, Payload, Queued, Request, StageStarted
 from omni.plan import Plan
 from omni.registry import find_kind_of
-from omni.runner.process import Collected, Port, RunCall, StageLaunch, Value, timeout_error
+from omni.runner.process import Collected, Port, RunCall, StageLaunch, Value, one_line, timeout_error
 from omni.stage import Report, StageContext
 
 FETCH_SECONDS = 600.0
@@ -218,6 +219,9 @@ class Runner(ABC):
             actions = state.flow.stage_aborted(stage)
         except asyncio.CancelledError:
             actions = state.flow.stage_aborted(stage)
+        except Exception as error:  # the runner's edge: whatever goes wrong, the request gets its end
+            details = "".join(traceback.format_exception(error))
+            actions = state.flow.stage_failed(stage, StageError(stage, one_line(error), details=details))
         else:
             actions = state.flow.stage_done(stage)
         self._carry_out(state, actions)
@@ -284,10 +288,16 @@ class Runner(ABC):
             final = Failed(request_id=request_id, error=error)
         except asyncio.CancelledError:
             final = Aborted(request_id=request_id, reason="the runner was stopped")
-        self._free(state, freed)
-        self._requests.pop(request_id, None)
-        state.hear(final)
-        state.over.set()
+        except Exception as error:  # the same edge for reading the outputs
+            details = "".join(traceback.format_exception(error))
+            stages = ", ".join(self.graph.output_stages())
+            final = Failed(request_id=request_id, error=StageError(stages, one_line(error), details=details))
+        try:
+            self._free(state, freed)
+        finally:
+            self._requests.pop(request_id, None)
+            state.hear(final)
+            state.over.set()
 
     async def _read_outputs(self, state: _RequestState) -> dict[str, Any]:
         stages = self.graph.output_stages()

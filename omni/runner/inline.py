@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from omni.errors import StageTimeoutError
+from omni.errors import StageError
 from omni.messages import Event, Payload
 from omni.plan import DRIVER
 from omni.runner.base import Delivered, Runner, StageProcess
@@ -19,22 +20,25 @@ class DriverProcess(StageProcess):
     def __init__(self, launches: tuple[StageLaunch, ...]) -> None:
         self._local = LocalProcess(launches)
         self._stuck: set[str] = set()
+        """Stages with a run that did not stop in time; its thread may still come back."""
 
     async def setup(self, report: Report) -> None:
         await self._local.setup(report)
 
     async def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
-        if call.stage in self._stuck:
-            raise StageTimeoutError(
+        if call.stage in self._stuck and self._local.is_blocked(call.stage):
+            raise StageError(
                 call.stage,
                 "an earlier request is stuck in it, and a thread cannot be stopped by force",
                 "restart Omni; `isolation: actor` gives the stage a process that is replaced when it hangs",
             )
-        async for item in self._local.run(call, sent):
-            if isinstance(item, Produced):
-                yield Delivered(process=DRIVER, produced_at=item.produced_at, ref=item.payload)
-            else:
-                yield item
+        self._stuck.discard(call.stage)
+        async with contextlib.aclosing(self._local.run(call, sent)) as items:
+            async for item in items:
+                if isinstance(item, Produced):
+                    yield Delivered(process=DRIVER, produced_at=item.produced_at, ref=item.payload)
+                else:
+                    yield item
 
     async def abort(self, request_id: str, stage: str) -> None:
         await self._local.abort(request_id, stage)

@@ -32,7 +32,7 @@ from omni.messages import (
 )
 from omni.registry import import_string
 from omni.stage import Report, Stage, StageCall, StageContext
-from omni.transport.payload import SharedInputGuard, num_bytes
+from omni.transport.payload import SharedInputGuard, num_bytes, share
 
 
 class StageLaunch(msgspec.Struct, frozen=True):
@@ -130,14 +130,15 @@ class LocalProcess:
         Raises StageError when the stage fails and RequestAborted when it was aborted.
         """
         stage = self._stages[call.stage]
-        received_at = time.time()
+        # Counted from when the last input was there: waiting for the others is no part of a hop.
+        seconds = max(0.0, time.time() - max((port.produced_at for port in _ports_of(call)), default=time.time()))
         inputs: dict[str, Any] = {}
         for port, source in call.inputs.items():
-            inputs[port], hops = self._resolve(call, port, source, sent, received_at)
+            value, hops = self._resolve(call, port, source, sent, seconds)
+            inputs[port] = share(value)
             for hop in hops:
                 yield hop
-        shared = {port: inputs[port] for port, source in call.inputs.items() if not isinstance(source, Value)}
-        guard = SharedInputGuard(shared)
+        guard = SharedInputGuard(inputs)
         stage_call = StageCall(request_id=call.request_id, inputs=inputs, seed=call.seed)
         run = stage.run(stage_call)
         started_at = 0.0
@@ -170,7 +171,7 @@ class LocalProcess:
             await run.aclose()
 
     def _resolve(
-        self, call: RunCall, port: str, source: Value | Port | Collected, sent: tuple[Payload, ...], received_at: float
+        self, call: RunCall, port: str, source: Value | Port | Collected, sent: tuple[Payload, ...], seconds: float
     ) -> tuple[Any, list[HopFinished]]:
         if isinstance(source, Value):
             return source.value, []
@@ -178,7 +179,7 @@ class LocalProcess:
             values: list[Any] = []
             collected: list[HopFinished] = []
             for part, joined in zip(source.parts, source.joined, strict=True):
-                value, hops = self._resolve(call, port, part, sent, received_at)
+                value, hops = self._resolve(call, port, part, sent, seconds)
                 values.extend(value if joined else [value])
                 collected.extend(hops)
             return values, collected
@@ -195,10 +196,14 @@ class LocalProcess:
             source=f"{source.stage}.{source.port}",
             target=f"{call.stage}.{port}",
             transport="local" if source.sent is None else "object_store",
-            seconds=max(0.0, received_at - source.produced_at),
+            seconds=seconds,
             bytes=num_bytes(value),
         )
         return value, [hop]
+
+    def is_blocked(self, stage: str) -> bool:
+        """Whether a stage cannot take runs, because earlier ones did not stop."""
+        return self._stages[stage].is_blocked()
 
     async def abort(self, request_id: str, stage: str) -> None:
         """Make a running stage stop; its run ends with RequestAborted."""
@@ -222,6 +227,16 @@ class LocalProcess:
 
 TEARDOWN_SECONDS = 10.0
 """How long a stage may take to release what it holds."""
+
+
+def _ports_of(call: RunCall) -> list[Port]:
+    """All ports of other stages that a call reads."""
+    sources = [
+        part
+        for source in call.inputs.values()
+        for part in (source.parts if isinstance(source, Collected) else [source])
+    ]
+    return [source for source in sources if isinstance(source, Port)]
 
 
 def _build_stage(launch: StageLaunch) -> Stage:

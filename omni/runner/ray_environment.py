@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from omni.errors import RunnerError
+from omni.hardware import DEVICE_ORDER, count_cpus, count_memory_bytes
 from omni.runner.reaper import start_reaper, stop_reaper
 from omni.sizes import GIB, format_bytes, parse_bytes
 
@@ -52,6 +53,7 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_COLOR_PREFIX": "0",
     "RAY_SCHEDULER_EVENTS": "0",
+    "CUDA_DEVICE_ORDER": DEVICE_ORDER,
 }
 """Set before Ray starts, where the user has not set them. A joined cluster has its own."""
 
@@ -73,6 +75,8 @@ class Cluster(msgspec.Struct, frozen=True):
 
 async def connect(address: str | None, cpus: float, object_store_bytes: int | None = None) -> Cluster:
     """Join the cluster at `address` or RAY_ADDRESS, or start one on this machine with at least `cpus` CPUs.
+
+    A program has one cluster at a time: where Ray is initialised already, an `address` must be that of its cluster.
 
     `object_store_bytes` sets the size of a started cluster's store, before the variable OMNI_OBJECT_STORE_BYTES.
     Follow each call that returns with one `disconnect`. Raises RunnerError.
@@ -149,12 +153,14 @@ def _ray_thread() -> _RayThread:
 
 
 def _connect(address: str | None, cpus: float, object_store_bytes: int | None) -> Cluster:
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        _check_address(address, ray.get_runtime_context().gcs_address)
+    else:
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
         _connection.is_ours = True
         try:
             with _sigterm_kept():
@@ -210,14 +216,14 @@ def _start(cpus: float, object_store_bytes: int | None) -> None:
     import ray
 
     store = store_bytes(object_store_bytes)
-    threshold = max(0.95, 1 - SPARE_BYTES / memory_bytes())
+    threshold = max(0.95, 1 - SPARE_BYTES / count_memory_bytes())
     os.environ.setdefault("RAY_memory_usage_threshold", f"{threshold:.4f}")
     _give_token()
     _connection.reaper = start_reaper(_temp_dir())
     try:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+            num_cpus=math.ceil(max(count_cpus(), cpus)),
             object_store_memory=store,
             include_dashboard=False,
             _temp_dir=_temp_dir(),
@@ -243,6 +249,30 @@ def _join(address: str) -> None:
         ray.init(address=address, **QUIET)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise RunnerError(f"cannot join the Ray cluster at {address}: {error}; {remedy}") from error
+
+
+def _check_address(address: str | None, connected: str) -> None:
+    """Raise RunnerError when `address` is that of another cluster than the one in use."""
+    if address in (None, "", "auto", "local", connected):
+        return
+    host, _, port = str(address).rpartition(":")
+    connected_host, _, connected_port = connected.rpartition(":")
+    if port != connected_port or not _ips(host) & _ips(connected_host):
+        raise RunnerError(
+            f"this program already uses the Ray cluster at {connected}, and a program has one at a time; leave the "
+            f"address {address} out, or stop the other runners (or call ray.shutdown()) first"
+        )
+
+
+def _ips(host: str) -> set[str]:
+    """The addresses of a host; those of this node too when it is this machine under a loopback name."""
+    from ray.util import get_node_ip_address
+
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host.strip("[]"), None)}
+    except OSError:
+        return {host}
+    return found | {get_node_ip_address()} if found & {"127.0.0.1", "::1"} else found
 
 
 def _give_token() -> None:
@@ -271,10 +301,10 @@ def store_bytes(wanted: int | None = None) -> int:
     if wanted is None and STORE_VARIABLE in os.environ:
         wanted = parse_bytes(os.environ[STORE_VARIABLE])
     if not os.path.isdir(SHARED_MEMORY):  # not Linux: Ray keeps the store elsewhere
-        return wanted or int(memory_bytes() * STORE_PART_OF_MEMORY)
+        return wanted or int(count_memory_bytes() * STORE_PART_OF_MEMORY)
     free = shutil.disk_usage(SHARED_MEMORY).free
     room = int(free * STORE_PART_OF_SHARED_MEMORY)
-    size = min(int(memory_bytes() * STORE_PART_OF_MEMORY), room) if wanted is None else wanted
+    size = min(int(count_memory_bytes() * STORE_PART_OF_MEMORY), room) if wanted is None else wanted
     needed = MIN_STORE_BYTES if wanted is None else wanted
     if room < needed:
         raise RunnerError(
@@ -283,12 +313,3 @@ def store_bytes(wanted: int | None = None) -> int:
             f"Memory at {SHARED_MEMORY}), or set {STORE_VARIABLE}"
         )
     return size
-
-
-def memory_bytes() -> int:
-    """Memory of this machine, or of the container when that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
-            total = min(total, int(Path(name).read_text()))
-    return total

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
+import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from omni.errors import RunnerError
+from omni.errors import RequestAborted, RunnerError
+from omni.hardware import Hardware, from_ray_nodes
 from omni.messages import Event, Payload
 from omni.plan import DRIVER, Plan, ProcessPlan
 from omni.runner.actor_process import ActorProcess, DriverPayload, lost_input, read
 from omni.runner.base import Delivered, Runner, StageProcess
 from omni.runner.inline import DriverProcess
-from omni.runner.process import RunCall
+from omni.runner.process import RunCall, StageLaunch
 from omni.runner.ray_environment import Cluster, connect, disconnect
 
 PLACEMENT_SECONDS = 60.0
@@ -56,38 +57,69 @@ class RayRunner(Runner):
                     "num_gpus": process.gpus,
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, index),
                 }
-                num_threads = process.num_threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
-                processes[process.name] = ActorProcess(process.name, self._launches(process.name), num_threads, options)
+                launches = self._launches(process.name)
+                processes[process.name] = ActorProcess(process.name, launches, process.num_threads, options)
         return processes
 
     def _stop_grace(self) -> float:
         return min(super()._stop_grace(), STOP_GRACE_SECONDS)
 
     async def stop(self) -> None:
-        await super().stop()
-        group, self._group = self._group, None
-        cluster, self.cluster = self.cluster, None
-        if group is not None:
-            with contextlib.suppress(RayError):
-                await asyncio.to_thread(remove_placement_group, group)
-        if cluster is not None:
-            await disconnect()
+        try:
+            await super().stop()
+        finally:
+            group, self._group = self._group, None
+            cluster, self.cluster = self.cluster, None
+            try:
+                if group is not None:
+                    with contextlib.suppress(RayError):
+                        await asyncio.to_thread(remove_placement_group, group)
+            finally:
+                if cluster is not None:
+                    await disconnect()
+
+
+@contextlib.asynccontextmanager
+async def joined(address: str | None) -> AsyncGenerator[Hardware, None]:
+    """The hardware of the Ray cluster at `address` or RAY_ADDRESS, which stays joined inside the block."""
+    await connect(address, 0)
+    try:
+        yield from_ray_nodes(await asyncio.to_thread(ray.nodes))
+    finally:
+        await disconnect()
 
 
 class RayDriverProcess(DriverProcess):
     """The driver beside actors: it fetches what its stages read, and stores what actors will read."""
 
+    def __init__(self, launches: tuple[StageLaunch, ...]) -> None:
+        super().__init__(launches)
+        self._reading: dict[tuple[str, str], bool] = {}
+        """(request, stage) of the runs that still read their inputs -> whether they were aborted meanwhile."""
+
     async def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
+        key = (call.request_id, call.stage)
+        self._reading[key] = False
         try:
             payloads = tuple([await read(ref) for ref in sent])
         except RayError as error:
             raise lost_input(call.stage, error) from error
+        finally:
+            aborted = self._reading.pop(key)
+        if aborted:
+            raise RequestAborted(call.request_id)
         async with contextlib.aclosing(super().run(call, payloads)) as items:
             async for item in items:
                 if isinstance(item, Delivered):
                     yield msgspec.structs.replace(item, ref=DriverPayload(item.ref))
                 else:
                     yield item
+
+    async def abort(self, request_id: str, stage: str) -> None:
+        if (request_id, stage) in self._reading:
+            self._reading[request_id, stage] = True
+        else:
+            await super().abort(request_id, stage)
 
     async def fetch(self, ref: Any) -> Payload:
         payload: Payload = ref.payload
@@ -105,10 +137,14 @@ async def _reserve(bundles: list[dict[str, float]], cluster: Cluster) -> Placeme
     """A placement group of the bundles. Raises RunnerError when the cluster has no room for them."""
     needed = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
     fixed = cluster.kind == "started"  # nobody adds nodes to it
-    group = await asyncio.to_thread(placement_group, bundles)
-    if not (fixed and needed["GPU"] > cluster.gpus) and await asyncio.to_thread(group.wait, PLACEMENT_SECONDS):
-        return group
-    await asyncio.to_thread(remove_placement_group, group)
+    group = placement_group(bundles)
+    try:
+        if not (fixed and needed["GPU"] > cluster.gpus) and await asyncio.to_thread(group.wait, PLACEMENT_SECONDS):
+            return group
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    remove_placement_group(group)
     raise RunnerError(
         f"the Ray cluster at {cluster.address} has no room for the plan, which needs {needed['CPU']:g} CPUs and "
         f"{needed['GPU']:g} GPUs in {len(bundles)} processes; it has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs "

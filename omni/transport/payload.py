@@ -92,12 +92,29 @@ def num_bytes(value: Any) -> int:
     return total
 
 
+def share(value: Any) -> Any:
+    """`value` as one of several readers gets it: containers and images of its own, arrays that refuse to be written.
+
+    Tensors stay the same, since torch has no read-only ones; SharedInputGuard watches them.
+    """
+
+    def view(leaf: Any) -> Any:
+        if is_image(leaf):
+            return leaf.copy()
+        if is_array(leaf) and leaf.flags.writeable:
+            leaf = leaf.view()
+            leaf.flags.writeable = False
+        return leaf
+
+    return map_leaves(value, view)
+
+
 class SharedInputGuard:
     """Notices when a stage writes into tensors that other readers share.
 
     Ray maps shared objects writable and torch ignores read-only memory, so a write would silently change what every
     other reader sees. torch counts in-place changes in `Tensor._version`; writes through `.data` escape it, and so do
-    tensors made in inference mode, which have no counter. Arrays from the object store are read-only by themselves.
+    tensors made in inference mode, which have no counter.
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:

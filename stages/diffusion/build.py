@@ -13,7 +13,7 @@ import msgspec
 import torch
 import transformers
 
-from omni.checkpoint import read_facts
+from omni.checkpoint import auto_dtype, read_facts
 from omni.errors import Mistake, StageSetupError
 from omni.messages import LoadProgress
 from omni.registry import CheckpointRef
@@ -85,9 +85,8 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
 
 
 def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
-    """The spec's dtype; `auto` is bfloat16 on a GPU and float32 on a CPU, whose bfloat16 convolutions are slow."""
-    name = spec.dtype if spec.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-    dtype = getattr(torch, name)
+    """The spec's dtype, or what `auto` is on `device`."""
+    dtype = getattr(torch, auto_dtype(device) if spec.dtype == "auto" else spec.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omni.checkpoint import PICKLED
+from omni.checkpoint import PICKLED, find_checkpoint
 from omni.errors import Mistake
 from omni.graph import nearest
-from omni.model_paths import find_model_folder, is_path, missing_folder
+from omni.model_paths import is_path, missing_folder
+from omni.registry import CheckpointRef
 from omni.spec import DiffusionSpec
 
 INDEX = "model_index.json"
@@ -17,8 +18,8 @@ CONVERT = "convert it once where you trust it: DiffusionPipeline.from_pretrained
 
 
 def find_folder(spec: DiffusionSpec, base_dir: str) -> Path | None:
-    """The checkpoint's folder on this machine: the model path, or the hub id's snapshot in the local cache."""
-    return find_model_folder(spec.model, base_dir, spec.revision, INDEX)
+    """The checkpoint's folder on this machine: the model path, or the hub id's whole snapshot in the local cache."""
+    return find_checkpoint(CheckpointRef(spec.model, spec.revision, spec.variant), base_dir)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def build_arguments(
 
     Tensors go to `device`, embeddings to `dtype` too. Raises ArgumentFault.
     """
-    given = {name: value for name, value in {**constants, **inputs}.items() if value is not None}
+    given = {name: value for name, value in {**copy.deepcopy(constants), **inputs}.items() if value is not None}
     arguments = {}
     for name, value in given.items():
         if name not in signature.parameters:

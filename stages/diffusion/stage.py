@@ -10,6 +10,7 @@ from omni.errors import StageError
 from omni.messages import Payload
 from omni.spec import DiffusionSpec
 from omni.stage import Report, StageCall, StageContext, ThreadedStage, Work
+from stages.device import use_device
 from stages.diffusion.build import Built, build_pipeline
 from stages.diffusion.denoiser import DenoiseRun
 from stages.diffusion.faults import run_faults
@@ -28,6 +29,7 @@ class DiffusionStage(ThreadedStage):
 
     def load(self, report: Report) -> None:
         """Load the pipeline. Raises StageSetupError."""
+        use_device(self.context.device)
         self.built = build_pipeline(self.context, report)
 
     def compute(self, call: StageCall, work: Work) -> Payload:
@@ -37,6 +39,7 @@ class DiffusionStage(ThreadedStage):
         """
         built, name = self.built, self.context.name
         assert built is not None, "compute before load"
+        use_device(self.context.device)
         try:
             arguments = build_arguments(built.signature, self.spec.call, call.inputs, built.device, built.dtype)
         except ArgumentFault as error:

@@ -8,25 +8,47 @@ import copy
 import functools
 import os
 import traceback
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from omni.errors import RequestAborted, StageError, StageSetupError
+import msgspec
+
+from omni.errors import RequestAborted, StageError, StageSetupError, one_line
 from omni.graph import nearest
 from omni.messages import Output, Payload, Progress, StageItem, Started
 from omni.port_types import base_type
 from omni.spec import FunctionSpec
 from omni.stage import Report, Stage, StageCall, StageContext
 from stages.function.hints import MEDIA, class_type
-from stages.function.signature import SEED, Function, FunctionFault, find_function
+from stages.function.signature import SEED, Function, FunctionFault, add_module_path, find_function
+
+
+class _Result(msgspec.Struct, frozen=True):
+    """What one call returned."""
+
+    value: Any
+
+
+class _Work:
+    """One request at work. Nothing but `news` tells how its calls go, so that nobody has to wait for a call's end."""
+
+    def __init__(self) -> None:
+        self.news: asyncio.Queue[Started | _Result | BaseException] = asyncio.Queue()
+        self.aborted = False
+        self.call: asyncio.Task[None] | Future[None] | None = None
+
+    def cancel(self) -> None:
+        """Stop the call at work; one that a thread has begun goes on, and what it returns is not read."""
+        if self.call is not None:
+            self.call.cancel()
 
 
 class FunctionStage(Stage):
     """Runs one function; several requests at once.
 
-    A sync function cannot be stopped: an aborted request waits for its end, and the result is dropped.
+    A sync function cannot be stopped: after an abort its thread runs to the end by itself, and the result is dropped.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -36,11 +58,12 @@ class FunctionStage(Stage):
         num_threads = max(4, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"stage-{context.name}")
         self._found: Function | None = None
-        self._work: dict[str, asyncio.Task[Any] | Future[Any] | None] = {}
-        """Running requests -> the call at work; cancelling a Future that has begun does nothing."""
-        self._aborted: set[str] = set()
+        self._work: dict[str, _Work] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Keeps calls of an async function until they have ended; the event loop itself would let them be collected."""
 
     async def setup(self, report: Report) -> None:
+        await asyncio.to_thread(add_module_path, self.context.base_dir)
         try:
             self._found = await asyncio.to_thread(find_function, self._spec, self.context.base_dir)
         except FunctionFault as error:
@@ -49,31 +72,32 @@ class FunctionStage(Stage):
     async def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
         assert self._found is not None, "run after setup"
         found, payloads = self._found, []
-        self._work[call.request_id] = None
+        work = self._work[call.request_id] = _Work()
         try:
-            yield Started()
             items = self._items(found, call)
             for step, inputs in enumerate([call.inputs] if items is None else items, start=1):
-                result = await self._call(found, inputs, call)
-                payloads.append(self._payload(found, result))
+                self._begin(found, inputs, call, work)
+                while not isinstance(news := await self._next(work, call), _Result):
+                    if step == 1:
+                        yield news
+                payloads.append(self._payload(found, news.value))
                 if items is not None:
                     yield Progress(step=step, num_steps=len(items), unit="item")
         finally:
+            work.cancel()
             self._work.pop(call.request_id, None)
-            self._aborted.discard(call.request_id)
         yield Output(payload=payloads[0] if items is None else _joined(found, payloads))
 
     async def abort(self, request_id: str) -> None:
-        if request_id in self._work:
-            self._aborted.add(request_id)
-            work = self._work[request_id]
-            if work is not None:
-                work.cancel()
+        work = self._work.get(request_id)
+        if work is not None:
+            work.aborted = True
+            work.cancel()
+            work.news.put_nowait(RequestAborted(request_id))
 
     async def teardown(self) -> None:
-        for work in self._work.values():
-            if work is not None:
-                work.cancel()
+        for request_id in list(self._work):
+            await self.abort(request_id)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # Inputs -------------------------------------------------------------------------------------------------------
@@ -98,7 +122,7 @@ class FunctionStage(Stage):
         return [{**call.inputs, **dict(zip(lists, row, strict=True))} for row in rows]
 
     def _arguments(self, found: Function, inputs: Mapping[str, Any], call: StageCall) -> dict[str, Any]:
-        values = {**self._spec.arguments, **inputs}
+        values = {**copy.deepcopy(self._spec.arguments), **inputs}  # what one request writes, no other may see
         for name, port in found.ports.inputs.items():
             if port.required and values.get(name) is None:
                 raise StageError(self.context.name, f"its input '{name}' is missing", f"give '{name}' or wire it")
@@ -110,36 +134,34 @@ class FunctionStage(Stage):
 
     # The call -----------------------------------------------------------------------------------------------------
 
-    async def _call(self, found: Function, inputs: Mapping[str, Any], call: StageCall) -> Any:
-        if call.request_id in self._aborted:
-            raise RequestAborted(call.request_id)
+    def _begin(self, found: Function, inputs: Mapping[str, Any], call: StageCall, work: _Work) -> None:
+        """Call the function, or queue it for a thread, unless the request was aborted."""
+        if work.aborted:
+            return
         arguments = self._arguments(found, inputs, call)
         positional = [arguments.pop(name) for name in found.positional if name in arguments]
         bound = functools.partial(found.function, *positional, **arguments)
         if found.is_async:
-            self._work[call.request_id] = task = asyncio.ensure_future(bound())
-            work: asyncio.Future[Any] = task
+            work.call = task = asyncio.create_task(_await_call(bound, work.news.put_nowait))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         else:
-            self._work[call.request_id] = future = self._pool.submit(bound)
-            work = asyncio.wrap_future(future)
-        try:
-            await asyncio.wait([work])
-        finally:
-            self._work[call.request_id] = None
-            work.cancel()
-        if call.request_id in self._aborted or work.cancelled():
+            put = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, work.news.put_nowait)
+            work.call = self._pool.submit(_make_call, bound, put)
+
+    async def _next(self, work: _Work, call: StageCall) -> Started | _Result:
+        news = await work.news.get()
+        if work.aborted or isinstance(news, asyncio.CancelledError):
             raise RequestAborted(call.request_id)
-        error = work.exception()
-        if error is not None:
-            raise self._failure(error) from error
-        return work.result()
+        if isinstance(news, BaseException):
+            raise self._failure(news) from news
+        return news
 
     def _failure(self, error: BaseException) -> BaseException:
         if isinstance(error, StageError | RequestAborted):
             return error
-        text = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
         details = traceback.format_exception(type(error), error, _users_frames(error.__traceback__))
-        return StageError(self.context.name, f"{self._spec.call}: {text}", details="".join(details))
+        return StageError(self.context.name, f"{self._spec.call}: {one_line(error)}", details="".join(details))
 
     # Outputs ------------------------------------------------------------------------------------------------------
 
@@ -179,6 +201,30 @@ class FunctionStage(Stage):
                 f"{self._spec.call} returned {wrong} for the output '{name}', which is {port_type}",
                 "correct the function's return hint, or the stage's `outputs`",
             )
+
+
+def _make_call(function: Callable[[], Any], put: Callable[[Any], Any]) -> None:
+    """Call a sync function, in a thread. Its errors are news: a Future cannot carry each one, StopIteration least."""
+    put(Started())
+    try:
+        result = function()
+    except BaseException as error:
+        put(error)
+    else:
+        put(_Result(result))
+
+
+async def _await_call(function: Callable[[], Any], put: Callable[[Any], Any]) -> None:
+    """Call an async function. Its errors are news: SystemExit and KeyboardInterrupt would end the event loop."""
+    put(Started())
+    try:
+        result = await function()
+    except GeneratorExit:
+        raise
+    except BaseException as error:  # a cancellation too: it is the end of this task
+        put(error)
+    else:
+        put(_Result(result))
 
 
 def _joined(found: Function, payloads: list[Payload]) -> Payload:

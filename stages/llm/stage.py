@@ -15,11 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from omni.errors import RequestAborted, StageError, StageSetupError
+from omni.checkpoint import auto_dtype
+from omni.errors import RequestAborted, StageError, StageSetupError, one_line
 from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
 from omni.model_paths import resolve_model_path
 from omni.spec import LlmSpec
 from omni.stage import Report, Stage, StageCall, StageContext
+from stages.device import use_device
 from stages.llm.prompt import build_messages
 from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
@@ -70,7 +72,7 @@ class LlmStage(Stage):
                 update = await self._next(updates, source)
                 if update.error is not None:
                     raise self._failure(update.error, call)
-                if not step and not update.tokens:
+                if not (step or update.tokens or update.finished):
                     yield Started()
                 for token in update.tokens:
                     step += 1
@@ -109,14 +111,14 @@ class LlmStage(Stage):
 
     def _load(self, report: Report) -> tuple[Any, Any]:
         spec, context = self._spec, self.context
-        on_cpu = context.device == "cpu"
-        if on_cpu and context.num_threads:
+        use_device(context.device)
+        if context.device == "cpu" and context.num_threads:
             torch.set_num_threads(context.num_threads)
         model = resolve_model_path(spec.model, context.base_dir)
         total = _weight_bytes(model)
         report(LoadProgress(stage=context.name, component="model", done_bytes=0, total_bytes=total))
         transformers_logging.disable_progress_bar()
-        dtype = ("float32" if on_cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype
+        dtype = auto_dtype(context.device) if spec.dtype == "auto" else spec.dtype
         options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **options)
@@ -126,7 +128,7 @@ class LlmStage(Stage):
         except LOAD_FAULTS as error:
             raise StageSetupError(
                 context.name,
-                f"cannot load '{spec.model}' ({type(error).__name__}): {str(error).strip().splitlines()[0]}",
+                f"cannot load '{spec.model}': {one_line(error)}",
                 "model must be a folder or a hub id of a causal language model with safetensors weights; a hub id "
                 "needs the network or a filled cache",
                 details=str(error),
@@ -154,14 +156,17 @@ class LlmStage(Stage):
         except BATCH_FAULTS as error:
             self._warn(error)
             return None
+        works = False
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 await self._probe(batch)
+            works = True
         except (*BATCH_FAULTS, TimeoutError, StageError) as error:
             self._warn(error)
-            await asyncio.to_thread(batch.stop)
-            return None
-        return batch
+        finally:  # also when the setup is cancelled: nobody else knows of the batch yet
+            if not works:
+                await asyncio.to_thread(batch.stop)
+        return batch if works else None
 
     async def _probe(self, batch: ContinuousBatch) -> None:
         """Make a few tokens for prompts of different lengths at once; raises what the batch cannot do."""
@@ -242,7 +247,7 @@ class LlmStage(Stage):
             return error
         no_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         remedy = "lower sampling.max_new_tokens, shorten the prompt, or use a smaller model" if no_memory else ""
-        return StageError(self.context.name, f"{type(error).__name__}: {error}", remedy)
+        return StageError(self.context.name, one_line(error), remedy)
 
 
 def _weight_bytes(model: str) -> int:

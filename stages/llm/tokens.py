@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from omni.spec import SamplingSpec
+from stages.device import use_device
 from stages.llm.sampling import SEED, BatchPicker, OneRequestPicker, Picker
 
 PAGE_TOKENS = 32
@@ -96,6 +97,7 @@ class OneByOne(TokenSource):
     def _generate(self, prompt: list[int], num_tokens: int, seed: int, stop: threading.Event, deliver: Emit) -> None:
         if stop.is_set():
             return
+        use_device(str(self._model.device))
         deliver(Update())
         config = copy.deepcopy(self._model.generation_config)
         config.max_new_tokens = num_tokens
@@ -163,6 +165,8 @@ class ContinuousBatch(TokenSource):
 
         def deliver(output: GenerationOutput) -> None:
             nonlocal seen
+            if output.generated_tokens and not seen:  # the batch does not say when it takes a request up
+                emit(Update())
             new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
             failed = output.status == RequestStatus.FAILED
             if output.is_finished():
@@ -170,7 +174,6 @@ class ContinuousBatch(TokenSource):
             emit(Update(new, output.is_finished(), RuntimeError(output.error) if failed else None))
 
         self._live.add(key)
-        emit(Update())
         self._batch.register_result_handler(key, deliver)
         extra = {SEED: seed} if self._seeded else {}
         self._batch.add_request(prompt, request_id=key, max_new_tokens=num_tokens, streaming=True, **extra)

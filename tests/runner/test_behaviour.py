@@ -23,7 +23,7 @@ from omni.messages import (
     StageProgress,
     StageStarted,
 )
-from omni.testing import doubles
+from omni.testing import doubles, release_deaf
 
 RUNNERS = ["inline", "ray"]
 WAIT_SECONDS = 60
@@ -150,18 +150,19 @@ def test_an_abort_in_any_position(runner: str, position: str) -> None:
                 assert await omni.abort("r1")
         assert isinstance(events[-1], Aborted)
         assert not await omni.abort("r1")
-        with pytest.raises(RequestAborted):
-            await abort_when_started(omni, position)
 
     run_graph(runner, changed(DIAMOND, position, hold=True), work)
 
 
-async def abort_when_started(omni: AsyncOmni, position: str) -> None:
-    request = omni.request(prompt="y", seed=2, request_id="r2")
-    task = asyncio.create_task(omni.generate(request))
-    while not await omni.abort("r2"):
-        await asyncio.sleep(0)
-    await task
+def test_an_abort_before_anything_has_started(runner: str) -> None:
+    async def work(omni: AsyncOmni) -> None:
+        task = asyncio.create_task(omni.generate(prompt="y", seed=2, request_id="r2"))
+        while not await omni.abort("r2"):
+            await asyncio.sleep(0)
+        with pytest.raises(RequestAborted):
+            await task
+
+    run_graph(runner, changed(DIAMOND, "a", hold=True), work)
 
 
 def test_an_abort_while_waiting_for_a_turn_is_immediate(runner: str) -> None:
@@ -256,6 +257,75 @@ def test_a_stage_that_writes_into_a_shared_input_is_caught(runner: str) -> None:
     assert isinstance(events[-1], Failed)
     assert events[-1].error.cause == "wrote into its input 'x', which other readers share"
     assert "mutates_inputs" in events[-1].error.remedy
+
+
+def paint_black(image: Any) -> Any:
+    """Writes into its input."""
+    image.paste((0, 0, 0), (0, 0, image.width, image.height))
+    return image
+
+
+def test_images_are_shared_without_seeing_each_others_writes(runner: str) -> None:
+    call = "tests.runner.test_behaviour:paint_black"
+    stages = {
+        "a": double(gives="image"),
+        "b": {"kind": "function", "call": call, "inputs": {"image": "a.image"}, "input_types": {"image": "image"}}
+        | {"outputs": {"image": "image"}},
+        "c": double({"x": "a.image", "y": "b.image"}),
+    }
+
+    async def work(omni: AsyncOmni) -> tuple[bytes, bytes]:
+        result = await omni.generate(prompt="x", seed=1)
+        return result.white[0].tobytes(), result.black[0].tobytes()
+
+    kept, painted = run_graph(runner, stages, work, outputs={"white": "a.image", "black": "b.image"})
+    assert set(painted) == {0}
+    assert set(kept) != {0}
+
+
+def test_a_hop_does_not_count_the_wait_for_other_inputs(runner: str) -> None:
+    stages = {
+        "quick": double(),
+        "slow": double(step_seconds=0.2, steps=2),
+        "end": double({"x": "quick.text", "y": "slow.text"}),
+    }
+    events = run_graph(runner, stages, lambda omni: collect(omni, prompt="x", seed=1))
+    hops = {event.source: event.seconds for event in events if isinstance(event, HopFinished)}
+    slow = next(event.seconds for event in events if isinstance(event, StageFinished) and event.stage == "slow")
+    assert hops["quick.text"] == hops["slow.text"] < slow
+
+
+def test_what_cannot_be_carried_fails_its_request(runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(omni: AsyncOmni) -> None:
+        assert omni._runner is not None
+        monkeypatch.setattr(omni._runner, "_build_call", lambda state, stage: 1 / 0)
+        events = await collect(omni, prompt="x", seed=1)
+        assert isinstance(events[-1], Failed)
+        assert events[-1].error.cause == "ZeroDivisionError: division by zero"
+        monkeypatch.undo()
+        assert isinstance((await collect(omni, prompt="x", seed=1))[-1], Done)
+
+    run_graph(runner, CHAIN, work)
+
+
+def test_a_stage_that_does_not_stop_is_refused_until_it_has() -> None:
+    stages = {"a": double(deaf=True, hold=True, timeouts={"abort_seconds": 0.1})}
+    release_deaf.clear()
+
+    async def work(omni: AsyncOmni) -> None:
+        events = omni.stream(prompt="x", seed=1, request_id="stuck")
+        async for event in events:
+            if isinstance(event, StageStarted):
+                await omni.abort("stuck")
+        refused = (await collect(omni, prompt="y", seed=1))[-1]
+        assert isinstance(refused, Failed)
+        assert refused.error.cause.startswith("an earlier request is stuck in it")
+        release_deaf.set()
+        while isinstance((last := (await collect(omni, prompt="z", seed=1))[-1]), Failed):
+            assert last.error.cause == refused.error.cause
+        assert isinstance(last, Aborted)  # the double of a request that is held ends as if aborted
+
+    run_graph("inline", stages, work)
 
 
 def test_a_stage_that_gives_no_port_is_named(runner: str) -> None:

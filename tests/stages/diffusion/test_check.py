@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,6 +89,10 @@ def test_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         spec = DiffusionSpec(model="owner/name", revision=revision)
         assert "true_cfg_scale" in ports(spec, "").inputs
     assert ports(DiffusionSpec(model="owner/name", revision="other"), "").open_inputs
+    shutil.rmtree(entry / "snapshots" / "0123abcd" / "vae")
+    cut_short = DiffusionSpec(model="owner/name")
+    assert ports(cut_short, "").open_inputs
+    assert mistakes(cut_short, tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,14 @@ def test_request_wins_and_none_is_left_out() -> None:
     assert given == {"height": 64}
 
 
+def test_constants_are_the_calls_own() -> None:
+    constants = {"joint_attention_kwargs": {"scale": [1]}, "prompt": ["a"]}
+    given = arguments("FluxPipeline", {}, constants)
+    given["joint_attention_kwargs"]["scale"].append(2)
+    given["prompt"].append("b")
+    assert constants == {"joint_attention_kwargs": {"scale": [1]}, "prompt": ["a"]}
+
+
 def test_embeddings_take_the_models_dtype() -> None:
     inputs = {
         "prompt_embeds": torch.zeros(1, 2),

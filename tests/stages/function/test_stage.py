@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ CODE = """
     def exits(name: str) -> str:
         raise SystemExit(4)
 
+    async def exits_later(name: str) -> str:
+        raise SystemExit(4)
+
+    async def interrupts(name: str) -> str:
+        raise KeyboardInterrupt
+
+    def runs_out(name: str) -> str:
+        return next(iter(()))
+
+    def collect(name: str, names: list) -> dict:
+        names.append(name)
+        return names
+
+    def lazy(name: str) -> str:
+        import beside_mine
+        return beside_mine.name
+
     def waits(name: str) -> str:
         begun.set()
         go_on.wait(30)
@@ -106,11 +124,13 @@ CODE = """
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Iterator[Path]:
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Folder with the module `mine`."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "mine.py").write_text(textwrap.dedent(CODE))
     yield tmp_path
-    sys.modules.pop("mine", None)
+    for name in ("mine", "beside_mine"):
+        sys.modules.pop(name, None)
 
 
 @contextlib.asynccontextmanager
@@ -177,6 +197,19 @@ async def test_inputs_are_shared_unless_the_function_writes_into_them(mine: Path
     assert (items, image.getpixel((0, 0))) == ({"list": [0]}, (0, 0, 0))
     async with running(mine, "open_to_all") as stage:
         assert (await payload_of(stage, image=image))["json"]["image"] is image
+
+
+async def test_what_a_function_writes_into_its_arguments_is_gone_with_the_request(mine: Path) -> None:
+    async with running(mine, "collect", arguments={"names": ["x"]}) as stage:
+        assert [(await payload_of(stage, name=name))["json"] for name in "ab"] == [["x", "a"], ["x", "b"]]
+
+
+async def test_imports_inside_the_function(mine: Path) -> None:
+    (mine / "beside_mine.py").write_text("name = 'beside'")
+    async with running(mine, "lazy") as stage:
+        assert await payload_of(stage, name="x") == {"text": "beside"}
+    async with running(mine, "lazy"):
+        assert sys.path.count(str(mine)) == 1
 
 
 # Items -------------------------------------------------------------------------------------------------------------
@@ -252,9 +285,20 @@ async def test_an_exception_names_the_function_and_keeps_the_users_frames(name: 
     assert frames[1].endswith("in inner")
 
 
-async def test_a_function_that_exits_fails_only_its_request(mine: Path) -> None:
-    with pytest.raises(StageError, match="mine:exits: SystemExit: 4"):
-        await call(mine, "exits", name="x")
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("exits", "SystemExit: 4"),
+        ("exits_later", "SystemExit: 4"),
+        ("interrupts", "KeyboardInterrupt"),
+        ("runs_out", "StopIteration"),
+    ],
+)
+async def test_no_exception_does_more_than_fail_its_request(name: str, cause: str, mine: Path) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        with pytest.raises(StageError) as caught:
+            await call(mine, name, name="x")
+    assert caught.value.cause == f"mine:{name}: {cause}"
 
 
 async def test_a_function_that_is_not_there(mine: Path) -> None:
@@ -281,16 +325,37 @@ async def test_an_async_function_is_cancelled(mine: Path) -> None:
     assert sys.modules["mine"].log == ["cancelled"]
 
 
-async def test_a_sync_function_runs_to_its_end_and_its_result_is_dropped(mine: Path) -> None:
+async def test_an_aborted_sync_function_goes_on_alone_and_its_result_is_dropped(mine: Path) -> None:
     async with running(mine, "waits") as stage:
         run = await abort_once_begun(stage)
-        assert not run.done()
-        sys.modules["mine"].go_on.set()
         with pytest.raises(RequestAborted):
             await run
-        assert sys.modules["mine"].log == ["Ada"]
+        assert sys.modules["mine"].log == []
+        again = asyncio.ensure_future(payload_of(stage, "a", name="Bob"))
+        sys.modules["mine"].go_on.set()
+        assert await again == {"text": "Bob"}
         await stage.abort("unknown")
-        assert await payload_of(stage, "a", name="Bob") == {"text": "Bob"}
+    await asyncio.to_thread(stage._pool.shutdown)
+    assert sorted(sys.modules["mine"].log) == ["Ada", "Bob"]
+
+
+async def test_a_run_that_waits_for_a_thread_has_not_started(mine: Path) -> None:
+    async with running(mine, "waits") as stage:
+        stage._pool = ThreadPoolExecutor(1)
+        first = stage.run(StageCall(request_id="first", inputs={"name": "Ada"}, seed=0))
+        assert await anext(first) == Started()
+        second = asyncio.ensure_future(items_of(stage, "second", name="Bob"))
+        third = stage.run(StageCall(request_id="third", inputs={"name": "Eve"}, seed=0))
+        item = asyncio.ensure_future(anext(third))
+        while "third" not in stage._work:
+            await asyncio.sleep(0)
+        await stage.abort("third")
+        with pytest.raises(RequestAborted):
+            await item
+        sys.modules["mine"].go_on.set()
+        assert (await second)[0] == Started()
+        assert [item async for item in first] == [Output(payload={"text": "Ada"})]
+    assert sys.modules["mine"].log == ["Ada", "Bob"]
 
 
 async def test_an_abort_between_items_starts_no_further_one(mine: Path) -> None:

@@ -160,6 +160,18 @@ async def test_an_abort_stops_between_tokens(plain_model: Path, shared: Shared, 
     await stage.abort("never seen")
 
 
+async def test_a_request_that_the_batch_has_not_taken_up_has_not_started(
+    plain_model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = await shared(plain_model, sampling=GREEDY)
+    monkeypatch.setattr(stage._batch._batch, "add_request", lambda *args, **options: None)
+    item = asyncio.ensure_future(anext(stage.run(StageCall(request_id="r", inputs={"prompt": "x"}, seed=0))))
+    await until_running(stage, "r")
+    await stage.abort("r")
+    with pytest.raises(RequestAborted):
+        await item
+
+
 async def test_an_id_can_come_again_after_an_abort(plain_model: Path, shared: Shared, batched: Batched) -> None:
     stage = batched(await shared(plain_model, sampling=GREEDY))
     expected = await text_of(stage)
@@ -288,6 +300,41 @@ async def test_a_model_that_cannot_be_loaded(model: str, tmp_path: Path) -> None
     with pytest.raises(StageSetupError, match=f"stage 'rewrite': cannot load '{model}'.* must be a folder or a hub id"):
         await stage.setup(lambda progress: None)
     await stage.teardown()
+
+
+async def test_an_error_of_loading_without_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr("stages.llm.stage.AutoTokenizer.from_pretrained", fail)
+    stage = LlmStage(StageContext(name="rewrite", spec=LlmSpec(model="owner/name"), base_dir=str(tmp_path)))
+    with pytest.raises(StageSetupError, match="cannot load 'owner/name': OSError"):
+        await stage.setup(lambda progress: None)
+
+
+async def test_a_setup_that_is_cancelled_leaves_no_batch(
+    plain_model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Batch:
+        stopped = False
+
+        def stop(self) -> None:
+            self.stopped = True
+
+    stage, batch, probed = await shared(plain_model, sampling=GREEDY), Batch(), asyncio.Event()
+
+    async def probe(batch: Batch) -> None:
+        probed.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("stages.llm.stage.ContinuousBatch", lambda *args: batch)
+    monkeypatch.setattr(stage, "_probe", probe)
+    start = asyncio.ensure_future(stage._start_batch())
+    await probed.wait()
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert batch.stopped
 
 
 async def test_nothing_runs_after_teardown(plain_model: Path) -> None:

@@ -1,0 +1,14 @@
+"""The device of a stage, for the threads that work on it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def use_device(device: str) -> None:
+    """Make `cuda:N` the calling thread's current device: some kernels run there, wherever their tensors lie.
+
+    Every thread starts with GPU 0; `cpu` and plain `cuda` need nothing.
+    """
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
