@@ -151,6 +151,13 @@ class AsyncOmni:
             raise RunnerError("the plan is made when Omni starts, of the nodes of the Ray cluster that it joins")
         return self._plan
 
+    @property
+    def runner(self) -> Runner:
+        """The runner, while Omni is started. Raises RunnerError before and after."""
+        if self._runner is None:
+            raise RunnerError("Omni is not started; use it as a context manager, or call start()")
+        return self._runner
+
     def _plan_ahead(self, hardware: str | Hardware | None) -> Plan | None:
         """The plan, or None when it needs the nodes of a cluster that will be joined."""
         joins = hardware is None and bool(self._address or os.environ.get("RAY_ADDRESS")) and self._choice != "inline"
@@ -204,10 +211,9 @@ class AsyncOmni:
         self, request: Request | None = None, *, seed: int | None = None, request_id: str | None = None, **inputs: Any
     ) -> AsyncGenerator[Event, None]:
         """The events of one request; the last is Done, Failed or Aborted. Leaving early aborts the request."""
-        if self._runner is None:
-            raise RunnerError("Omni is not started; use `async with AsyncOmni(...)`, or call start()")
+        runner = self.runner
         request = request or self.request(seed=seed, request_id=request_id, **inputs)
-        async with contextlib.aclosing(self._runner.run(request)) as events:
+        async with contextlib.aclosing(runner.run(request)) as events:
             async for event in events:
                 yield self._with_lists(event)
 
@@ -256,7 +262,8 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
     finally:
@@ -284,6 +291,11 @@ class Omni:
     def graph(self) -> Graph:
         """The checked graph."""
         return self._omni.graph
+
+    @property
+    def runner(self) -> Runner:
+        """The runner, while Omni is started; its methods belong to Omni's own event loop."""
+        return self._omni.runner
 
     @property
     def loaded(self) -> LoadedGraph:

@@ -156,7 +156,8 @@ def _open_media(path: str) -> Iterator[av.container.InputContainer]:
     import av
 
     try:
-        with open(path, "rb") as file, av.open(file, options={"format_whitelist": ",".join(MEDIA_FORMATS)}) as container:
+        options = {"format_whitelist": ",".join(MEDIA_FORMATS)}
+        with open(path, "rb") as file, av.open(file, mode="r", options=options) as container:
             yield container
     except av.FFmpegError as error:
         formats = ", ".join(MEDIA_FORMATS)

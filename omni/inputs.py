@@ -105,7 +105,7 @@ def _check_unicode(name: str, value: Any) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"input '{name}' is not valid UTF-8 text: {ascii(value[:60])}") from error
+            raise InputError(f"input '{name}' is not valid UTF-8 text: {value[:60]!a}") from error
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_unicode(name, item)

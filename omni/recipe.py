@@ -53,7 +53,7 @@ def encode_recipe(recipe: Recipe) -> str:
     try:
         return msgspec.json.encode(recipe).decode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{ascii(error.object)} is not valid UTF-8 text; rename the file") from error
+        raise UsageError(f"{error.object!a} is not valid UTF-8 text; rename the file") from error
 
 
 def read_recipe(path: str | Path) -> Recipe:

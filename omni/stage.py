@@ -11,7 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ from omni.errors import RequestAborted
 from omni.messages import LoadProgress, Output, Payload, StageItem, Started
 from omni.spec import StageSpec
 
+T = TypeVar("T")
 Report = Callable[[LoadProgress], None]
 """Takes loading progress; safe to call from any thread."""
 
@@ -109,8 +110,12 @@ class ThreadedStage(Stage):
     def unload(self) -> None:
         """Blocking part of `teardown`."""
 
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run a blocking function in a worker thread of the stage, when its turn comes; from any thread."""
+        return self._pool.submit(function, *arguments)
+
     async def setup(self, report: Report) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._pool, self.load, report)
+        await asyncio.wrap_future(self.submit(self.load, report))
 
     async def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
         loop = asyncio.get_running_loop()
@@ -129,7 +134,7 @@ class ThreadedStage(Stage):
                 emit(RuntimeError(f"{type(error).__name__} in the stage's thread"))
 
         work = Work(call.request_id, emit)
-        future = self._pool.submit(compute)
+        future = self.submit(compute)
         self._runs[call.request_id] = (work, future, items)
         try:
             while not isinstance(item := await items.get(), Output):
@@ -157,5 +162,5 @@ class ThreadedStage(Stage):
     async def teardown(self) -> None:
         for work, _, _ in self._runs.values():
             work.stop.set()
-        await asyncio.get_running_loop().run_in_executor(self._pool, self.unload)
+        await asyncio.wrap_future(self.submit(self.unload))
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -241,7 +241,7 @@ async def test_a_cancelled_task_aborts_its_request() -> None:
 
 async def test_async_use_outside_of_start_and_stop_is_told() -> None:
     omni = AsyncOmni(single(), runner="inline")
-    with pytest.raises(RunnerError, match="async with"):
+    with pytest.raises(RunnerError, match="use it as a context manager, or call start"):
         await omni.generate(prompt="x")
     await omni.stop()
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
-    ("stages.policies",),
+    ("stages.policies", "stages.device"),
     ("omni.transport",),
     (
         "omni.draw",

@@ -131,6 +131,48 @@ def test_foreign_files_are_refused(tmp_path: Path, kind: str, message: str) -> N
         read_media(path, kind)
 
 
+def test_formats_that_few_use_are_refused(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.eps")
+    with pytest.raises(InputError, match=r"not a picture that can be read; PNG, JPEG, WEBP, GIF, BMP, TIFF are"):
+        read_media(tmp_path / "a.eps", "image")
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_common_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    picture().save(tmp_path / "a", format=suffix)
+    assert read_media(tmp_path / "a", "image").size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"],
+)
+def test_playlists_open_nothing(tmp_path: Path, playlist: str) -> None:
+    write_output(clip(), tmp_path / "a.mp4")
+    for suffix in (".mp4", ".m3u8"):
+        path = tmp_path / f"list{suffix}"
+        path.write_text(playlist.format("a.mp4"))
+        with pytest.raises(InputError, match="is not a clip or sound that can be read"):
+            read_media(path, "video")
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("matroska", "flac"), ("ogg", "flac"), ("flac", "flac"), ("mp3", "mp3")]
+)
+def test_sounds_of_other_formats_are_read(tmp_path: Path, container: str, codec: str) -> None:
+    import av
+
+    samples = (sound(1).samples * 30000).astype(np.int16)
+    with av.open(str(tmp_path / "a"), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=16000, layout="mono")
+        form = "s16" if codec == "flac" else "s16p"
+        frame = av.AudioFrame.from_ndarray(samples, format=form, layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            file.mux(packet)
+    assert read_media(tmp_path / "a", "audio").rate == 16000
+
+
 @pytest.mark.parametrize("kind", ["image", "video", "audio", "tensor"])
 def test_missing_files_are_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(InputError, match=r"cannot read .*gone: No such file"):
@@ -236,6 +278,23 @@ def test_text_and_json(tmp_path: Path) -> None:
 def test_a_wrong_suffix_says_which_are_right(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"audio is written as \.wav, not as '\.mp3'"):
         write_output(sound(), tmp_path / "a.mp3")
+
+
+@pytest.mark.parametrize(
+    ("value", "suffix"), [("\ud800", ".txt"), ({(1, 2): 3}, ".json"), (Video(clip().frames, 0.0), ".gif")]
+)
+def test_what_a_writer_cannot_take_is_told(tmp_path: Path, value: Any, suffix: str) -> None:
+    with pytest.raises(UsageError, match=rf"cannot write .*a\{suffix}: \w+Error"):
+        write_output(value, tmp_path / f"a{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_name_is_kept(tmp_path: Path) -> None:
+    path = write_output("old", tmp_path / "a.txt", replace=False)
+    with pytest.raises(FileExistsError):
+        write_output("new", path, replace=False)
+    assert path.read_text() == "old\n"
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -163,18 +164,19 @@ def test_detect_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus"),
+    ("visible", "gpus", "missing"),
     [
-        (None, [143771, 143771, 0]),
-        ("1", [143771]),
-        ("2, 0", [0, 143771]),
-        ("GPU-bbb", [143771]),
-        ("", []),
-        ("-1", []),
-        ("0,9,1", [143771]),
+        (None, [143771, 143771, 0], ""),
+        ("1", [143771], ""),
+        ("2, 0", [0, 143771], ""),
+        ("GPU-bbb", [143771], ""),
+        ("", [], ""),
+        ("-1", [], ""),
+        ("0,9,1", [143771], "9"),
+        ("MIG-aaa", [], "MIG-aaa"),
     ],
 )
-def test_detect_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[int]) -> None:
+def test_detect_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: list[int], missing: str) -> None:
     def smi(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert options["timeout"] > 0
         return subprocess.CompletedProcess(command, 0, SMI, "")
@@ -183,7 +185,13 @@ def test_detect_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu.memory_bytes for gpu in detect().nodes[0].gpus] == [size * MIB for size in gpus]
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    found = detect()
+    assert [gpu.memory_bytes for gpu in found.nodes[0].gpus] == [size * MIB for size in gpus]
+    assert [note.split(",")[0] for note in found.notes] == (
+        [f"CUDA_VISIBLE_DEVICES names '{missing}'"] if missing else []
+    )
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_detect_survives_a_driver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,15 +217,15 @@ def test_control_group_limits_the_cores(monkeypatch: pytest.MonkeyPatch, files: 
     monkeypatch.setattr(
         hardware, "_read_words", lambda file: files.get(file.removeprefix("/sys/fs/cgroup/"), "").split()
     )
-    assert hardware._count_cpus() == cpus
+    assert hardware.count_cpus() == cpus
 
 
 @pytest.mark.parametrize(("limit", "is_limited"), [("1048576", True), ("max", False), ("9223372036854771712", False)])
 def test_control_group_limits_the_memory(monkeypatch: pytest.MonkeyPatch, limit: str, is_limited: bool) -> None:
-    free = hardware._count_memory()
+    free = hardware.count_memory_bytes()
     monkeypatch.setattr(hardware, "_read_words", lambda file: [limit])
-    assert (hardware._count_memory() == 1048576) == is_limited
-    assert hardware._count_memory() <= max(free, hardware._count_memory())
+    assert (hardware.count_memory_bytes() == 1048576) == is_limited
+    assert hardware.count_memory_bytes() <= max(free, hardware.count_memory_bytes())
 
 
 def ray_node(node_id: str, **resources: float) -> dict[str, Any]:

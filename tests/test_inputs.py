@@ -52,6 +52,18 @@ def test_defaults_fill_what_is_left_out() -> None:
     assert build_request(graph, {"x": None}).inputs == {"x": "water"}
 
 
+def test_defaults_are_copies() -> None:
+    graph = one("json", default={"a": [1]})
+    build_request(graph, {}).inputs["x"]["a"].append(2)
+    assert build_request(graph, {}).inputs == {"x": {"a": [1]}}
+
+
+@pytest.mark.parametrize("value", ["a\udcff", {"a": ["\ud800"]}, {"\udcff": 1}])
+def test_text_that_is_not_utf_8_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"input 'x' is not valid UTF-8 text: '.*\\ud"):
+        build_request(one("json"), {"x": value})
+
+
 def test_unknown_inputs_get_the_nearest_match() -> None:
     with pytest.raises(InputError) as caught:
         build_request(graph_of({"style": {"type": "text"}}), {"stile": "oil"})

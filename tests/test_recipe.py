@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from PIL import Image
 from omni.errors import UsageError
 from omni.files import write_output
 from omni.recipe import (
+    MAX_FILE_BYTES,
     Recipe,
     SourceFile,
+    changed_versions,
     check_files,
     digest_file,
     encode_recipe,
@@ -69,6 +72,39 @@ def test_half_a_png_is_told(tmp_path: Path) -> None:
         read_recipe(path)
 
 
+def test_a_bomb_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_output(Image.new("RGB", (20, 20)), tmp_path / "a.png", metadata="{}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UsageError, match=r"a\.png is a broken PNG: .*decompression bomb"):
+        read_recipe(path)
+
+
+def test_a_graph_with_a_base_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe(graph={"base": "evil.yaml", "stages": {}}, seed=1)
+    with pytest.raises(UsageError, match=r"a\.png: its graph has a `base`"):
+        read_recipe(png(tmp_path / "a.png", encode_recipe(recipe)))
+
+
+def test_a_name_that_is_no_text_is_told() -> None:
+    with pytest.raises(UsageError, match=r"'\\udcff.yaml' is not valid UTF-8 text; rename the file"):
+        encode_recipe(Recipe(graph={}, graph_path="\udcff.yaml", seed=1))
+
+
+def test_devices_and_pipes_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
+        with pytest.raises(UsageError, match=f"cannot read {path}: not a regular file"):
+            check_files({"image": [SourceFile(path, "")]})
+
+
+def test_huge_files_are_not_hashed(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(UsageError, match="larger than 8 GiB"):
+        digest_file(str(path))
+
+
 def test_changed_files_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"one")
@@ -90,6 +126,10 @@ def test_changed_files_are_noticed(tmp_path: Path) -> None:
         ({"kind": "llm", "trust_remote_code": True}, ["stages.s.trust_remote_code"]),
         ({"kind": "llm", "api_key_env": "KEY"}, ["stages.s.api_key_env"]),
         ({"kind": "function", "call": "os:system"}, ["stages.s.kind: function"]),
+        ({"kind": "llm", "engine": "transformers", "base_url": ""}, []),
+        ({"kind": "llm", "engine": "openai"}, ["stages.s.engine: openai"]),
+        ({"kind": "llm", "base_url": "http://x"}, ["stages.s.base_url"]),
+        ({"kind": "a\x1b[2J"}, ["'stages.s.kind: a\\x1b[2J'"]),
         ("nonsense", ["stages.s.kind: None"]),
     ],
 )
@@ -99,3 +139,12 @@ def test_what_could_do_harm_needs_trust(stage: Any, found: list[str]) -> None:
 
 def test_versions_name_installed_libraries() -> None:
     assert "torch" in installed_versions()
+
+
+def test_other_versions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.recipe.installed_versions", lambda: {"torch": "2", "diffusers": "1"})
+    then = {"torch": "1\x1b", "diffusers": "1", "transformers": "5", "os": "3"}
+    assert changed_versions(Recipe(graph={}, seed=0, versions=then)) == [
+        "torch '1\\x1b' (here '2')",
+        "transformers '5' (here 'none')",
+    ]

@@ -26,6 +26,8 @@ BROAD_EXCEPTS = {
     "omni/runner/process.py:_setup_one": "the edge to a stage's code: its error becomes a StageSetupError",
     "omni/runner/process.py:run": "the same edge for a run: its error becomes a StageError",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",
+    "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
+    "stages/function/stage.py:_await_call": "the same for an async function",
     "omni/stage.py:compute": "hands whatever a worker thread raised to the event loop, which raises it again",
 }
 """`path:function` -> why it may catch everything. A handler that ends in a bare `raise` needs no entry."""

@@ -1,8 +1,8 @@
 """One request through Omni inline against the same bare diffusers call, in one process, turn by turn.
 
 GRAPH has one text-to-image diffusion stage. Both sides load the same folder into a pipeline of their own and draw the
-same random prompts and seeds; the pixels must be equal. The bare call runs in a thread of its own, as Omni's does:
-torch keeps a pool of kernel threads per calling thread, and the main thread's would be one more to compete with.
+same random prompts and seeds; the pixels must be equal. The bare call runs in the same thread as Omni's: torch keeps a
+pool of kernel threads per calling thread, and two pools would compete for the cores and slow both sides down.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import random
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,8 @@ def measure(args: argparse.Namespace) -> Report:
     """Run the bench. Raises UsageError when the graph is not a single text-to-image stage."""
     from omni.api import Omni
     from omni.errors import UsageError
+    from omni.runner.inline import InlineRunner
+    from omni.stage import ThreadedStage
 
     if args.repeat < 1 or args.warmup < 0:
         raise UsageError("--repeat must be at least 1 and --warmup at least 0")
@@ -49,15 +50,18 @@ def measure(args: argparse.Namespace) -> Report:
     seconds: dict[str, list[float]] = {BARE: [], OMNI: []}
     cpu_seconds: dict[str, list[float]] = {BARE: [], OMNI: []}
     correct = True
-    with omni, ThreadPoolExecutor(1, thread_name_prefix="bare") as thread:
-        bare = thread.submit(_load_bare, omni, spec).result()
+    with omni:
+        assert isinstance(omni.runner, InlineRunner)
+        stage = omni.runner.stage(omni.plan.stages[0].stage)
+        assert isinstance(stage, ThreadedStage)
+        bare = stage.submit(_load_bare, omni, spec).result()
         for turn in range(args.warmup + args.repeat):
             prompt, seed = _random_prompt(), random.randrange(2**32)
             images = {}
             for name in (BARE, OMNI) if turn % 2 else (OMNI, BARE):
                 cpu_begin = time.process_time()
                 if name == BARE:
-                    took, images[name] = thread.submit(_time_bare, bare, spec.call, prompt, seed).result()
+                    took, images[name] = stage.submit(_time_bare, bare, spec.call, prompt, seed).result()
                 else:
                     took, images[name] = _time_omni(omni, prompt, seed)
                 if turn >= args.warmup:

@@ -6,7 +6,6 @@ of its kind: requests (1, 2, ...), outputs with this suffix (their names), items
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -78,18 +77,18 @@ class OutputPlan(msgspec.Struct, frozen=True):
                 if not self.suffix_for(kind):
                     continue
                 sound = sounds[index] if index < len(sounds) and isinstance(sounds[index], Audio) else None
-                options = {"metadata": metadata, "sound": sound, "replace": not self.numbered}
-                plan, path = self, None
-                while path is None:
-                    with contextlib.suppress(FileExistsError):  # another run has taken the name since
-                        path = write_output(item, plan.path(request, name, index, len(items), kind), **options)
-                    plan = plan if path else plan._next()
-                paths.append(path)
+                place = (request, name, index, len(items))
+                paths.append(self._write_item(item, place, metadata, sound))
         return paths
 
-    def _next(self) -> OutputPlan:
-        name, _, number = self.stem.rpartition("-")
-        return msgspec.structs.replace(self, stem=_numbered(name, int(number) + 1))
+    def _write_item(self, item: Any, place: tuple[int, str, int, int], metadata: str, sound: Audio | None) -> Path:
+        path = self.path(*place, kind_of(item))
+        try:
+            return write_output(item, path, metadata=metadata, sound=sound, replace=not self.numbered)
+        except FileExistsError:  # another run has taken the name since
+            stem, _, number = self.stem.rpartition("-")
+            plan = msgspec.structs.replace(self, stem=_numbered(stem, int(number) + 1))
+            return plan._write_item(item, place, metadata, sound)
 
 
 def plan_outputs(graph: Graph, output: str | None, num_requests: int) -> OutputPlan:

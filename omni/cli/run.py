@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inputs.add_argument("--seed", metavar="N", type=int, help="makes the run repeatable; drawn at random when left out")
     inputs.add_argument("--n", metavar="N", type=int, default=1, help="runs per prompt, with seeds SEED, SEED+1, ...")
-    inputs.add_argument("--trust", action="store_true", help="run a picture whose graph names code, servers or keys of its own")
+    inputs.add_argument(
+        "--trust", action="store_true", help="run a picture whose graph names code, servers or keys of its own"
+    )
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument(
         "--output",

@@ -20,9 +20,9 @@ from typing import Any
 
 import msgspec
 
-from omni.errors import OmniError, RequestAborted, StageError
+from omni.errors import OmniError, RequestAborted, StageError, one_line
 from omni.messages import Event, LoadProgress, Message, Payload
-from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch, one_line
+from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
 from omni.transport import object_store
 
 MAX_EARLY_ABORTS = 1000

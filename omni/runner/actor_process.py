@@ -21,11 +21,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError
+from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError, one_line
 from omni.messages import Event, Payload
 from omni.runner.actor import SETUP, RunEnd, RunMessage, StageActor, Vitals
 from omni.runner.base import Delivered, StageProcess
-from omni.runner.process import Collected, RunCall, StageLaunch, Value, one_line
+from omni.runner.process import Collected, RunCall, StageLaunch, Value
 from omni.stage import Report
 from omni.transport import object_store
 

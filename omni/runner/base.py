@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from omni.errors import RequestAborted, RunnerError, StageError
+from omni.errors import RequestAborted, RunnerError, StageError, one_line
 from omni.flow import AbortStage, Action, Finish, Flow, FreePayload, RunStage
 from omni.graph import FromRequest, FromStage, Gather, Graph
 from omni.messages import Aborted, Done, Event, Failed, Final, Payload, Queued, Request, StageStarted
 from omni.plan import Plan
 from omni.registry import find_kind_of
-from omni.runner.process import Collected, Port, RunCall, StageLaunch, Value, one_line, timeout_error
+from omni.runner.process import Collected, Port, RunCall, StageLaunch, Value, timeout_error
 from omni.stage import Report, StageContext
 
 FETCH_SECONDS = 600.0

@@ -11,7 +11,7 @@ from omni.messages import Event, Payload
 from omni.plan import DRIVER
 from omni.runner.base import Delivered, Runner, StageProcess
 from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
-from omni.stage import Report
+from omni.stage import Report, Stage
 
 
 class DriverProcess(StageProcess):
@@ -46,6 +46,10 @@ class DriverProcess(StageProcess):
     async def give_up(self, stage: str) -> None:
         self._stuck.add(stage)
 
+    def stage(self, name: str) -> Stage:
+        """The live stage of that name. Raises KeyError."""
+        return self._local.stage(name)
+
     async def fetch(self, ref: Any) -> Payload:
         payload: Payload = ref
         return payload
@@ -61,4 +65,9 @@ class InlineRunner(Runner):
     """Runs a plan whose only process is the driver."""
 
     async def _build_processes(self) -> dict[str, StageProcess]:
-        return {DRIVER: DriverProcess(self._launches(DRIVER))}
+        self._driver = DriverProcess(self._launches(DRIVER))
+        return {DRIVER: self._driver}
+
+    def stage(self, name: str) -> Stage:
+        """The live stage of that name, for programs that want to reach its model. Raises KeyError."""
+        return self._driver.stage(name)

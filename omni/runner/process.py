@@ -14,7 +14,14 @@ from typing import Any
 
 import msgspec
 
-from omni.errors import RequestAborted, StageDiedError, StageError, StageSetupError, StageTimeoutError
+from omni.errors import (
+    RequestAborted,
+    StageDiedError,
+    StageError,
+    StageSetupError,
+    StageTimeoutError,
+    one_line,
+)
 from omni.messages import (
     Event,
     HopFinished,
@@ -201,6 +208,10 @@ class LocalProcess:
         )
         return value, [hop]
 
+    def stage(self, name: str) -> Stage:
+        """The live stage of that name. Raises KeyError."""
+        return self._stages[name]
+
     def is_blocked(self, stage: str) -> bool:
         """Whether a stage cannot take runs, because earlier ones did not stop."""
         return self._stages[stage].is_blocked()
@@ -269,12 +280,6 @@ def _as_event(call: RunCall, item: StageItem) -> Event:
         case TextDelta(text=text):
             return StageText(request_id=call.request_id, stage=call.stage, text=text)
     raise TypeError(f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Output")
-
-
-def one_line(error: BaseException) -> str:
-    """`TypeError: what it says`, without line breaks."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def timeout_error(stage: str, seconds: float) -> StageTimeoutError:

@@ -146,8 +146,10 @@ class FunctionStage(Stage):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
-            put = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, work.news.put_nowait)
-            work.call = self._pool.submit(_make_call, bound, put)
+            loop = asyncio.get_running_loop()
+            work.call = self._pool.submit(
+                _make_call, bound, lambda news: loop.call_soon_threadsafe(work.news.put_nowait, news)
+            )
 
     async def _next(self, work: _Work, call: StageCall) -> Started | _Result:
         news = await work.news.get()

@@ -134,6 +134,16 @@ def test_names_of_our_own_are_free() -> None:
     assert plan_outputs(graph, None, 1).stem == "pair-003"
 
 
+def test_a_name_taken_meanwhile_is_left_alone() -> None:
+    plan = plan_outputs(graph_of("image"), None, 1)
+    Path("pair-001.png").write_bytes(b"another run's")
+    Path("pair-002.png").write_bytes(b"another run's")
+    assert written(plan, o0=[image()]) == ["pair-003.png"]
+    assert Path("pair-001.png").read_bytes() == b"another run's"
+    assert sorted(path.name for path in Path().iterdir()) == ["pair-001.png", "pair-002.png", "pair-003.png"]
+    assert written(plan_outputs(graph_of("image"), "pair-001.png", 1), o0=[image()]) == ["pair-001.png"]
+
+
 def test_strange_graph_names_make_plain_file_names() -> None:
     assert plan_outputs(graph_of("image", name="a/b: c"), None, 1).stem == "a_b_c-001"
     assert plan_outputs(graph_of("image", name=".."), None, 1).stem == "graph-001"

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from omni.cli import interrupt
+from omni.hardware import detect
 from omni.recipe import read_recipe
 
 Omni = Callable[..., Any]
@@ -160,6 +162,22 @@ def test_a_full_disk_fails_one_request(omni: Omni, monkeypatch: pytest.MonkeyPat
     assert ran.err == "omni run: 2/2 cannot write a-2.png: No space left on device\n"
 
 
+def test_a_fault_of_ours_fails_one_request(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Exception):
+        pass
+
+    def fail(image: Any, part: str, suffix: str, metadata: str) -> None:
+        if '"prompt":"bad"' in metadata:
+            raise Odd("of a library")
+        image.save(part, format="PNG")
+
+    monkeypatch.setattr("omni.files._write_image", fail)
+    Path("prompts").write_text("bad\ngood\n")
+    ran = omni("run", "pair.yaml", "--prompts", "prompts", "-o", "a.png", "-q", "--verbose")
+    assert (ran.code, ran.out) == (1, "a-2.png\n")
+    assert ran.err.startswith("omni run: 1/2 Odd: of a library\nTraceback ")
+
+
 def test_a_stage_that_cannot_load_is_1(omni: Omni) -> None:
     ran = omni("run", "broken.yaml", "--prompt", "x", "-q")
     assert (ran.code, ran.err) == (1, "omni run: stage 'draw': RuntimeError: the double fails in setup\n")
@@ -187,6 +205,7 @@ def test_a_stage_that_cannot_load_is_1(omni: Omni) -> None:
         (["edit.yaml", "--input", "image=gone.jpg"], "cannot read gone.jpg: No such file or directory"),
         (["edit.yaml", "--input", "image=edit.yaml"], "edit.yaml is not a picture that can be read"),
         (["binary.png"], "cannot read binary.png: not a PNG picture"),
+        (["broken.yaml", "--prompt", "\udcff"], "input 'prompt' is not valid UTF-8 text: '\\udcff'"),
     ],
 )
 def test_mistakes_are_2_and_one_line(omni: Omni, arguments: list[str], message: str) -> None:
@@ -229,6 +248,24 @@ def test_a_stranger_s_picture_runs_no_code(omni: Omni) -> None:
     assert "stages.rewrite.kind: double" in ran.err
     assert "--trust" in ran.err
     assert not Path("b.png").exists()
+
+
+def test_other_versions_are_a_line(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    omni("run", "pair.yaml", "--prompt", "x", "-o", "a.png")
+    monkeypatch.setattr("omni.recipe.installed_versions", lambda: {**read_recipe("a.png").versions, "torch": "9"})
+    lines = omni("run", "a.png", "--trust", "-q", "-o", "b.png").err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("a.png: made with torch '")
+    assert lines[0].endswith("(here '9'); the pixels may differ")
+
+
+def test_notes_of_the_hardware_are_told(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = msgspec.structs.replace(detect(), notes=("a GPU is missing",))
+    monkeypatch.setattr("omni.api.load_hardware", lambda name: found)
+    monkeypatch.setattr("omni.hardware.load_hardware", lambda name: found)
+    assert "warning: a GPU is missing\n" in omni("run", "text.yaml", "--prompt", "x").err
+    assert "warning: a GPU is missing\n" in omni("plan", "text.yaml").out
+    assert json.loads(omni("plan", "text.yaml", "--json").out)["warnings"][0] == "a GPU is missing"
 
 
 def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:

@@ -7,12 +7,13 @@ import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from omni.errors import RunnerError, UsageError
 from omni.runner import ray_environment
-from omni.runner.ray_environment import Cluster, _give_token, _join, memory_bytes, store_bytes
+from omni.runner.ray_environment import Cluster, _check_address, _give_token, _join, _start, store_bytes
 from omni.sizes import GIB
 
 
@@ -20,7 +21,7 @@ from omni.sizes import GIB
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine whose memory and free shared memory the test sets, in bytes."""
     fake = SimpleNamespace(memory=100 * GIB, shared=100 * GIB)
-    monkeypatch.setattr(ray_environment, "memory_bytes", lambda: fake.memory)
+    monkeypatch.setattr(ray_environment, "count_memory_bytes", lambda: fake.memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=fake.shared))
     monkeypatch.delenv("OMNI_OBJECT_STORE_BYTES", raising=False)
     return fake
@@ -55,8 +56,31 @@ def test_too_little_shared_memory_is_refused_with_the_remedy(machine: SimpleName
         store_bytes(5 * GIB)
 
 
-def test_memory_is_that_of_this_machine() -> None:
-    assert 0 < memory_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+@pytest.mark.parametrize(("needed", "cpus"), [(1.0, 2), (2.5, 3)])
+def test_a_started_cluster_has_the_cores_of_the_control_group(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, needed: float, cpus: int
+) -> None:
+    import ray
+
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.95")
+    monkeypatch.setattr(ray_environment, "count_cpus", lambda: 1.5)
+    monkeypatch.setattr(ray_environment, "start_reaper", lambda folder: None)
+    monkeypatch.setattr(ray_environment, "_connection", SimpleNamespace(reaper=None))
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    _start(needed, None)
+    assert given["num_cpus"] == cpus
+
+
+def test_another_address_than_the_one_in_use_is_refused() -> None:
+    from ray.util import get_node_ip_address
+
+    here = f"{get_node_ip_address()}:6379"
+    for address in (None, "", "auto", "local", here, "127.0.0.1:6379", "localhost:6379"):
+        _check_address(address, here)
+    for address in (f"{get_node_ip_address()}:6380", "192.0.2.1:6379", "ray://192.0.2.1:10001"):
+        with pytest.raises(RunnerError, match=f"already uses the Ray cluster at {here}.* leave the address {address}"):
+            _check_address(address, here)
 
 
 def test_an_address_where_nobody_answers() -> None:

@@ -172,6 +172,16 @@ async def test_a_request_that_the_batch_has_not_taken_up_has_not_started(
         await item
 
 
+async def test_the_thread_of_one_by_one_uses_the_models_device(
+    plain_model: Path, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, devices = await shared(plain_model, sampling=GREEDY), []
+    monkeypatch.setattr(stage, "_batch", None)
+    monkeypatch.setattr("stages.llm.tokens.use_device", devices.append)
+    await text_of(stage)
+    assert devices == ["cpu"]
+
+
 async def test_an_id_can_come_again_after_an_abort(plain_model: Path, shared: Shared, batched: Batched) -> None:
     stage = batched(await shared(plain_model, sampling=GREEDY))
     expected = await text_of(stage)
