@@ -34,6 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT_FILES = ("*.py", "*.md", "*.toml", "*.txt", "*.yaml", "*.yml", "Makefile", ".ci/run", ".gitignore")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All but the GPU tests plan for this machine's CPUs, whatever else it has."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's folder."""
