@@ -191,9 +191,13 @@ class ActorProcess(StageProcess):
                 await written
             for event in end.events:
                 yield event
-            if end.error is not None:
-                raise end.error
-            yield Delivered(process=self.name, produced_at=end.produced_at, ref=payload)
+            failure, produced_at, end = end.error, end.produced_at, None
+            if failure is not None:
+                try:
+                    raise failure
+                finally:
+                    del failure  # error and frame would keep each other alive, and `sent` with them
+            yield Delivered(process=self.name, produced_at=produced_at, ref=payload)
         except RayError as error:
             raise self._translate(call, life, error) from error
         finally:
