@@ -176,9 +176,8 @@ class ActorProcess(StageProcess):
             ended, loop = result.future(), asyncio.get_running_loop()
             ended.add_done_callback(lambda _: loop.call_soon_threadsafe(inbox.put_nowait, None))
             num_events, end = 0, None
-            while end is None or (
-                num_events < end.num_streamed and not life.is_silent
-            ):  # events may come after the end
+            # Events may come after the end.
+            while end is None or (num_events < end.num_streamed and not life.is_silent):
                 item = await inbox.get()
                 if item is not None:
                     num_events += 1

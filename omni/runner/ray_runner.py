@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from omni.errors import RequestAborted, RunnerError
 from omni.hardware import Hardware, from_ray_nodes
 from omni.messages import Event, Payload
+from omni.placement import SMALLEST_CPUS
 from omni.plan import DRIVER, Plan, ProcessPlan
 from omni.runner.actor_process import ActorProcess, DriverPayload, lost_input, read
 from omni.runner.base import Delivered, Runner, StageProcess
@@ -30,8 +31,6 @@ PLACEMENT_SECONDS = 60.0
 """How long to wait for the cluster to have room."""
 STOP_GRACE_SECONDS = 2.0
 """How long `stop` waits for aborted runs; after that their processes are killed, which is safe for actors."""
-MIN_CPUS = 0.01
-"""Reserved for a process that is planned without CPUs: Ray takes no empty bundle."""
 
 
 class RayRunner(Runner):
@@ -53,7 +52,7 @@ class RayRunner(Runner):
         for index, bundle in enumerate(bundles):
             for process in bundle:
                 options = {
-                    "num_cpus": max(process.cpus, MIN_CPUS / len(bundle)),
+                    "num_cpus": max(process.cpus, SMALLEST_CPUS / len(bundle)),
                     "num_gpus": process.gpus,
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, index),
                 }
@@ -128,7 +127,7 @@ class RayDriverProcess(DriverProcess):
 
 def _bundle_of(processes: tuple[ProcessPlan, ...]) -> dict[str, float]:
     """What the processes of one bundle reserve together."""
-    resources = {"CPU": max(sum(process.cpus for process in processes), MIN_CPUS)}
+    resources = {"CPU": max(sum(process.cpus for process in processes), SMALLEST_CPUS)}
     gpus = sum(process.gpus for process in processes)
     return {**resources, "GPU": gpus} if gpus else resources
 
