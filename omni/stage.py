@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -16,10 +17,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from omni.errors import RequestAborted
-from omni.messages import LoadProgress, Output, Payload, StageItem, Started
+from omni.messages import LoadProgress, Output, Payload, Progress, StageItem, Started
 from omni.spec import StageSpec
 
 T = TypeVar("T")
+PROGRESS_SECONDS = 0.1
+"""How long Progress may wait for company; a tenth of a second looks immediate."""
 Report = Callable[[LoadProgress], None]
 """Takes loading progress; safe to call from any thread."""
 
@@ -85,6 +88,45 @@ class Work:
             raise RequestAborted(self.request_id)
 
 
+class _Mailbox:
+    """What a worker thread tells the event loop, in order.
+
+    Waking the loop costs the worker a fraction of a millisecond of the interpreter each time, and a denoise step may
+    take no longer than ten of them; so Progress that follows other news within PROGRESS_SECONDS waits for company.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[StageItem | BaseException] = deque()
+        self._items: asyncio.Queue[StageItem | BaseException] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
+        """Set while the loop will look by itself."""
+
+    def put(self, item: StageItem | BaseException) -> None:
+        """Tell the loop; from any thread."""
+        self._waiting.append(item)
+        if self._timer is None or not isinstance(item, Progress):
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    async def get(self) -> StageItem | BaseException:
+        """The next item."""
+        return await self._items.get()
+
+    def close(self) -> None:
+        """Nobody listens any more; on the loop's thread."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _deliver(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            self._timer = self._loop.call_later(PROGRESS_SECONDS, self._deliver)
+        while self._waiting:
+            self._items.put_nowait(self._waiting.popleft())
+
+
 class ThreadedStage(Stage):
     """A stage whose work blocks: subclasses write plain `load` and `compute`, which run in worker threads.
 
@@ -96,7 +138,7 @@ class ThreadedStage(Stage):
     def __init__(self, context: StageContext) -> None:
         super().__init__(context)
         self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix=f"stage-{context.name}")
-        self._runs: dict[str, tuple[Work, Future[None], asyncio.Queue[StageItem | BaseException]]] = {}
+        self._runs: dict[str, tuple[Work, Future[None], _Mailbox]] = {}
         self._left: set[Future[None]] = set()
         """Work that still holds a thread although its run is over."""
 
@@ -118,22 +160,18 @@ class ThreadedStage(Stage):
         await asyncio.wrap_future(self.submit(self.load, report))
 
     async def run(self, call: StageCall) -> AsyncGenerator[StageItem, None]:
-        loop = asyncio.get_running_loop()
-        items: asyncio.Queue[StageItem | BaseException] = asyncio.Queue()
-
-        def emit(item: StageItem | BaseException) -> None:
-            loop.call_soon_threadsafe(items.put_nowait, item)
+        items = _Mailbox(asyncio.get_running_loop())
 
         def compute() -> None:
-            emit(Started())
+            items.put(Started())
             try:
-                emit(Output(payload=self.compute(call, work)))
+                items.put(Output(payload=self.compute(call, work)))
             except Exception as error:  # handed over to the event loop, which raises it again
-                emit(error)
+                items.put(error)
             except BaseException as error:  # a SystemExit, say, would end the event loop
-                emit(RuntimeError(f"{type(error).__name__} in the stage's thread"))
+                items.put(RuntimeError(f"{type(error).__name__} in the stage's thread"))
 
-        work = Work(call.request_id, emit)
+        work = Work(call.request_id, items.put)
         future = self.submit(compute)
         self._runs[call.request_id] = (work, future, items)
         try:
@@ -148,6 +186,7 @@ class ThreadedStage(Stage):
                 self._left.add(future)
                 future.add_done_callback(self._left.discard)
             self._runs.pop(call.request_id, None)
+            items.close()
 
     def is_blocked(self) -> bool:
         return len(self._left) >= self.num_workers
@@ -157,7 +196,7 @@ class ThreadedStage(Stage):
             work, future, items = self._runs[request_id]
             work.stop.set()
             if future.cancel():  # it was still waiting for its turn
-                items.put_nowait(RequestAborted(request_id))
+                items.put(RequestAborted(request_id))
 
     async def teardown(self) -> None:
         for work, _, _ in self._runs.values():

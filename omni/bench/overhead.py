@@ -2,7 +2,8 @@
 
 GRAPH has one text-to-image diffusion stage. Both sides load the same folder into a pipeline of their own and draw the
 same random prompts and seeds; the pixels must be equal. The bare call runs in the same thread as Omni's: torch keeps a
-pool of kernel threads per calling thread, and two pools would compete for the cores and slow both sides down.
+pool of kernel threads per calling thread, and two pools would compete for the cores and slow both sides down. The bare
+call is measured twice, and the difference between the two is what the machine's noise alone makes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white
 SHAPES = ("circle", "square", "triangle", "star")
 MAX_MS = 5.0
 MAX_PERCENT = 1.0
-BARE, OMNI = "bare diffusers", "Omni inline"
+BARE, AGAIN, OMNI = "bare diffusers", "bare diffusers, again", "Omni inline"
+SIDES = (BARE, AGAIN, OMNI)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +49,8 @@ def measure(args: argparse.Namespace) -> Report:
         raise UsageError("--repeat must be at least 1 and --warmup at least 0")
     omni = Omni(args.graph, overrides=args.set, runner="inline")
     spec = _single_stage(omni)
-    seconds: dict[str, list[float]] = {BARE: [], OMNI: []}
-    cpu_seconds: dict[str, list[float]] = {BARE: [], OMNI: []}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     correct = True
     with omni:
         assert isinstance(omni.runner, InlineRunner)
@@ -58,9 +60,9 @@ def measure(args: argparse.Namespace) -> Report:
         for turn in range(args.warmup + args.repeat):
             prompt, seed = _random_prompt(), random.randrange(2**32)
             images = {}
-            for name in (BARE, OMNI) if turn % 2 else (OMNI, BARE):
+            for name in random.sample(SIDES, len(SIDES)):
                 cpu_begin = time.process_time()
-                if name == BARE:
+                if name != OMNI:
                     took, images[name] = stage.submit(_time_bare, bare, spec.call, prompt, seed).result()
                 else:
                     took, images[name] = _time_omni(omni, prompt, seed)
@@ -135,9 +137,7 @@ def _targets(seconds: dict[str, list[float]]) -> tuple[Target, ...]:
     base = median(seconds[BARE])
     added = {
         "difference of medians": median(seconds[OMNI]) - base,
-        "median of paired differences": median(
-            ours - theirs for ours, theirs in zip(seconds[OMNI], seconds[BARE], strict=True)
-        ),
+        "median of paired differences": _paired(seconds, OMNI),
     }
     return tuple(
         target
@@ -147,6 +147,16 @@ def _targets(seconds: dict[str, list[float]]) -> tuple[Target, ...]:
             build_target(f"added, {name}", value / base * 100, MAX_PERCENT, "%"),
         )
     )
+
+
+def _paired(seconds: dict[str, list[float]], name: str) -> float:
+    """Median over the turns of what `name` took longer than the bare call."""
+    return median(ours - bare for ours, bare in zip(seconds[name], seconds[BARE], strict=True))
+
+
+def _noise(seconds: dict[str, list[float]]) -> str:
+    medians = (median(seconds[AGAIN]) - median(seconds[BARE])) * 1000
+    return f"noise, bare against itself: {medians:+.1f} ms by medians, {_paired(seconds, AGAIN) * 1000:+.1f} ms paired"
 
 
 def _report(
@@ -169,5 +179,5 @@ def _report(
         ),
         targets=_targets(seconds),
         correct=correct,
-        notes=(f"pixels equal: {'yes' if correct else 'NO'}", f"ray imported: {ray}"),
+        notes=(_noise(seconds), f"pixels equal: {'yes' if correct else 'NO'}", f"ray imported: {ray}"),
     )
