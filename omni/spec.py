@@ -64,6 +64,38 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="one of auto, cpu, cuda, cuda:N")]
 
 
+Size = Annotated[
+    str,
+    Meta(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*([KkMmGgTt][Ii]?)?[Bb]?\s*$", description="a size such as 24GiB or 512MB"),
+]
+
+
+class LoadSpec(Spec, frozen=True, kw_only=True):
+    """How weights arrive: chunks of all components at once, through one pool of reader threads."""
+
+    enabled: bool = True
+    """False loads as diffusers and transformers do by themselves."""
+    threads: Annotated[int, Meta(ge=1, le=256)] = 4
+    reader: Literal["auto", "buffered", "direct", "mmap"] = "auto"
+    """`buffered` reads through the page cache, `direct` past it, `mmap` maps files in place; `auto` looks first."""
+    chunk: Size = "16MiB"
+    """What a thread reads at once."""
+
+
+class OffloadSpec(Spec, frozen=True, kw_only=True):
+    """Where weights live while the stage runs on a GPU."""
+
+    policy: Literal["auto", "none", "component", "layerwise", "disk"] = "auto"
+    """`none` keeps all on the GPU, `component` lets text encoders, denoiser and VAE take turns, `layerwise` streams
+    blocks from host memory, `disk` streams them from the checkpoint; `auto` takes the first that fits."""
+    vram: Size | None = None
+    """GPU memory that the stage may take; left out, what the device has."""
+    resident: Size | None = None
+    """Weights of streamed blocks that stay on the GPU; left out, as many as fit."""
+    ahead: Annotated[int, Meta(ge=1, le=16)] = 2
+    """Blocks fetched before they are needed."""
+
+
 class SamplingSpec(Spec, frozen=True, kw_only=True):
     """How an LLM picks tokens, under transformers' names."""
 
@@ -92,6 +124,8 @@ class LlmSpec(StageSpec, frozen=True, kw_only=True, tag="llm"):
     """The user message; each {name} is an input port."""
     system: str = ""
     sampling: SamplingSpec = SamplingSpec()
+    load: LoadSpec = LoadSpec()
+    offload: OffloadSpec = OffloadSpec()
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -109,6 +143,8 @@ class DiffusionSpec(StageSpec, frozen=True, kw_only=True, tag="diffusion"):
     """Arguments of the pipeline's own call; a request's field of the same name wins."""
     fps: Annotated[float, Meta(gt=0)] = 16.0
     """Frames per second written with a video when the call has no frame_rate."""
+    load: LoadSpec = LoadSpec()
+    offload: OffloadSpec = OffloadSpec()
     revision: str | None = None
     variant: str | None = None
     dtype: Dtype = "auto"

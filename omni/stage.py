@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from omni.errors import RequestAborted
+from omni.memory import MemoryPlan
 from omni.messages import LoadProgress, Output, Payload, Progress, StageItem, Started
 from omni.spec import StageSpec
 
@@ -38,6 +39,8 @@ class StageContext(msgspec.Struct, frozen=True):
     """`cpu` or `cuda` / `cuda:N`, as planned."""
     num_threads: int = 0
     """CPU threads for kernels; 0 leaves torch's default."""
+    memory: MemoryPlan | None = None
+    """Where the weights live, as planned; None: all on `device`."""
 
 
 class StageCall(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ LAYERS = (
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
     ("stages.policies", "stages.device"),
+    ("stages.memory",),
     ("omni.transport",),
     (
         "omni.draw",
@@ -41,7 +42,7 @@ LAYERS = (
         "omni.registry",
     ),
     ("omni.spec",),
-    ("omni.messages", "omni.media", "omni.sizes"),
+    ("omni.messages", "omni.media", "omni.memory", "omni.sizes"),
     ("omni.errors",),
 )
 """Top to bottom: a module imports from its own layer and those below. A dotted name stands for its submodules too."""

@@ -1,0 +1,1 @@
+"""Host memory that holds weights, and the copies between it and a device."""
