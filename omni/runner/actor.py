@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import pickle
 import sys
@@ -103,6 +104,9 @@ class StageActor:
             await self._local.setup(lambda progress: _call_from_thread(loop, self._put, SETUP, progress))
         except Exception as caught:  # the actor's edge
             error = _told(self._name, caught)
+        # Models and modules stay for good. Looking through them again and again for garbage would hold up small hops.
+        gc.collect()
+        gc.freeze()
         return pickle.dumps(error)
 
     async def run(self, data: bytes | RunMessage, *arguments: Payload) -> bytes:
