@@ -124,9 +124,16 @@ def check_keys(
         raise UsageError(f"{folder}: does not fit {class_name}: it {'; it '.join(faults)}: {REMEDY}")
 
 
-def shape_fault(entry: Entry, name: str, shape: Iterable[int]) -> str:
-    """How the checkpoint's tensor differs from the module's of that name and shape."""
-    return f"has shape {list(entry.shape)} for '{name}' in {Path(entry.file).name}, where {list(shape)} belongs"
+def shape_faults(targets: Iterable[Target], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """Which targets have other shapes in the checkpoint than in the module's own state."""
+    faults = []
+    for target in targets:
+        shape = target.source.shape if target.source else target.shape
+        wanted = tuple(expected[target.name].shape)
+        if shape != wanted:
+            place = f" in {Path(target.source.file).name}" if target.source else ""
+            faults.append(f"has shape {list(shape)} for '{target.name}'{place}, where {list(wanted)} belongs")
+    return faults
 
 
 def matches(patterns: Iterable[str] | None, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def _read_file(file: Path) -> list[Entry]:
                 f"{format_bytes(needed)}, its header gives it {format_bytes(entry.num_bytes)}: fetch the file again"
             )
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
-    for before, after in zip(entries, entries[1:], strict=False):
+    for before, after in itertools.pairwise(entries):
         if before.offset + before.num_bytes > after.offset:
             raise UsageError(f"{file}: tensors '{before.name}' and '{after.name}' overlap: fetch the file again")
     return entries

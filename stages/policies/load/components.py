@@ -35,6 +35,8 @@ def load_components(
 ) -> dict[str, torch.nn.Module]:
     """Load all components at once, through one pool of reader threads; name -> module in evaluation mode.
 
+    With `spec.enabled` false, and where a component needs it, one after another by the library itself.
+
     With target `host` the tensors of a module lie in one region of host memory, in the order of the module, or in the
     mapped files with `reader: mmap`. `progress(component, done_bytes, total_bytes)` is called by this thread.
     Raises UsageError with file and tensor; wrong keys, shapes and files are found before any memory is taken.
@@ -42,11 +44,14 @@ def load_components(
     modules: dict[str, torch.nn.Module] = {}
     blueprints: list[Blueprint] = []
     for request in requests:
+        if not spec.enabled:
+            modules[request.name] = load_by_library(request, progress)
+            continue
         try:
             blueprints.append(plan(request))
         except Unsupported as reason:
             log.warning("component '%s' is loaded by %s itself: %s", request.name, request.library, reason)
-            modules[request.name] = load_by_library(request)
+            modules[request.name] = load_by_library(request, progress)
     Load(blueprints, spec).run(progress)
     for blueprint in blueprints:
         modules[blueprint.request.name] = blueprint.module
@@ -65,13 +70,17 @@ def plan(request: ComponentRequest) -> Blueprint:
     return (plan_diffusers if request.library == "diffusers" else plan_transformers)(request, entries)
 
 
-def load_by_library(request: ComponentRequest) -> torch.nn.Module:
+def load_by_library(request: ComponentRequest, progress: Progress) -> torch.nn.Module:
     """The component as its library loads it, on the device that the request wants."""
+    total = sum(file.stat().st_size for file in request.folder.glob("*.safetensors"))
+    progress(request.name, 0, total)
     variant = {"variant": request.variant} if request.variant else {}
     module: torch.nn.Module = request.model_class.from_pretrained(  # type: ignore[attr-defined]
         str(request.folder), dtype=request.dtype, use_safetensors=True, **variant, **request.options
     )
-    return module.to("cpu" if request.target == "host" else request.device).eval()
+    module = module.to("cpu" if request.target == "host" else request.device).eval()
+    progress(request.name, total, total)
+    return module
 
 
 class Load:
@@ -197,8 +206,7 @@ def choose_method(blueprints: Sequence[Blueprint], reader: str) -> Method:
             target.source.file
             for blueprint in blueprints
             for target in blueprint.targets
-            if target.source
-            and not (maps(blueprint.request, reader) and DTYPES[target.source.dtype] == target.dtype)
+            if target.source and not (maps(blueprint.request, reader) and DTYPES[target.source.dtype] == target.dtype)
         }
     )
     if reader in ("buffered", "mmap") or not files:
@@ -207,6 +215,8 @@ def choose_method(blueprints: Sequence[Blueprint], reader: str) -> Method:
         return "buffered"
     rate = direct_rate(files[0])
     if isinstance(rate, str):
-        log.log(logging.INFO if reader == "auto" else logging.WARNING, "weights are read through the page cache: %s", rate)
+        log.log(
+            logging.INFO if reader == "auto" else logging.WARNING, "files are read through the page cache: %s", rate
+        )
         return "buffered"
     return "direct" if reader == "direct" or rate >= FAST_BYTES_PER_SECOND else "buffered"

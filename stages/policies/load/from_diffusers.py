@@ -19,7 +19,7 @@ from stages.policies.load.blueprint import (
     Unsupported,
     check_keys,
     matches,
-    shape_fault,
+    shape_faults,
 )
 from stages.policies.load.catalog import Entry
 
@@ -57,11 +57,7 @@ def plan_diffusers(request: ComponentRequest, entries: dict[str, Entry]) -> Blue
             for name, key in names.items()
             if name not in expected and not matches(model_class._keys_to_ignore_on_load_unexpected, name)
         ],
-        shapes=[
-            shape_fault(target.source, target.name, target.shape)
-            for target in targets
-            if target.source and target.source.shape != target.shape
-        ],
+        shapes=shape_faults(targets, expected),
     )
 
     def finish() -> None:

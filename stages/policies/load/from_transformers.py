@@ -19,9 +19,9 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, _get_dtype
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class
+from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
-from transformers.monkey_patching import patch_output_recorders
 
 from stages.policies.load.blueprint import (
     DTYPES,
@@ -31,7 +31,7 @@ from stages.policies.load.blueprint import (
     Target,
     Unsupported,
     check_keys,
-    shape_fault,
+    shape_faults,
 )
 from stages.policies.load.catalog import Entry
 
@@ -157,7 +157,10 @@ def _try(model: PreTrainedModel, first: str, group: _Group) -> dict[str, torch.T
         model,
         first,
         group,
-        {entry.name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta") for _, entry, _ in group.sources},
+        {
+            entry.name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            for _, entry, _ in group.sources
+        },
     )
 
 
@@ -185,13 +188,7 @@ def _check(
         type(model).__name__,
         missing=faults.missing_keys & parameters,
         unexpected=[unexpected[name] for name in faults.unexpected_keys],
-        shapes=[
-            shape_fault(target.source, target.name, expected[target.name].shape)
-            if target.source
-            else f"makes '{target.name}' of shape {list(target.shape)}, where {list(expected[target.name].shape)} belongs"
-            for target in whole.values()
-            if (target.source.shape if target.source else target.shape) != tuple(expected[target.name].shape)
-        ],
+        shapes=shape_faults(whole.values(), expected),
     )
     return _info(missing, set(unexpected))
 

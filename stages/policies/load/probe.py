@@ -1,4 +1,4 @@
-"""What `reader: auto` looks at: whether a file is in the page cache, and whether reading past it is possible and fast."""
+"""What `reader: auto` looks at: are files in the page cache, and is reading past it possible and fast."""
 
 from __future__ import annotations
 

@@ -163,9 +163,7 @@ class _Pool:
                 self._changed.notify_all()
 
 
-def read_all(
-    jobs: list[Job], files: Files, num_threads: int, totals: Mapping[str, int], progress: Progress
-) -> None:
+def read_all(jobs: list[Job], files: Files, num_threads: int, totals: Mapping[str, int], progress: Progress) -> None:
     """Carry out all jobs with `num_threads` threads, and return when every byte is where it belongs.
 
     `progress` is called by the calling thread only. Raises what the first thread to fail raised, after the others have
