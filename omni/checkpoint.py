@@ -132,9 +132,9 @@ def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
     index = folder / "model_index.json"
     if index.is_file():
         entries = _decode(index, dict[str, msgspec.Raw])
-        parts = {name: _component(bytes(raw)) for name, raw in entries.items() if not name.startswith("_")}
-        folders = {name: folder / name for name, part in parts.items() if part}
-        models = {name for name, part in parts.items() if part and _is_model(*part)}
+        classes = {name: _component(bytes(raw)) for name, raw in entries.items() if not name.startswith("_")}
+        folders = {name: folder / name for name, found in classes.items() if found}
+        models = {name for name, found in classes.items() if found and _is_model(*found)}
     else:
         folders, models = {"model": folder}, {"model"}
     parts: dict[str, ComponentFacts] = {}

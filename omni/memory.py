@@ -37,12 +37,12 @@ class ComponentUse(msgspec.Struct, frozen=True, kw_only=True):
 
     num_runs: int = 1
     """How often its forward runs."""
+    calls_per_step: int = 1
+    """Runs of each denoise step: two with classifier-free guidance in two calls."""
     activation_bytes: int = 0
     """Device memory that it takes at most while it runs, beside weights."""
     may_stream: bool = True
     """Its blocks run one after another, each once in a forward."""
-    is_exact: bool = False
-    """`activation_bytes` is an estimate from the model's shape or a measurement, and no plain guess."""
 
 
 class ComponentMemory(msgspec.Struct, frozen=True, kw_only=True):

@@ -142,7 +142,7 @@ BROKEN = [
     ("nods: []\nnodes: [{cpus: 1, memory: 1}]", "1:1: nods: unknown key, allowed are name, nodes, did you mean"),
     ("nodes:\n  - {cpu: 1, memory: 1GiB}", "2:6: nodes[0].cpu: unknown key, allowed are cpus, memory, name, gpus, "
      "count, disk, page_cache, did you mean 'cpus'?"),
-    ("nodes:\n  - {cpus: 1, memory: 1GiB, disk: 0}", "2:28: nodes[0].disk: 0: bytes a second, such as 25GB, must be"),
+    ("nodes:\n  - {cpus: 1, memory: 1GiB, disk: 0}", "2:29: nodes[0].disk: 0: bytes a second, such as 25GB, must be"),
     ("nodes:\n  - {cpus: 1}", "2:5: nodes[0]: Object missing required field `memory`"),
     ("nodes:\n  - cpus: many\n    memory: 1GiB", "2:5: nodes[0].cpus: Expected `float`, got `str`"),
     ("nodes:\n  - cpus: 1\n    memory: lots", "3:5: nodes[0].memory: 'lots' is not a size; write a number and a unit"),
