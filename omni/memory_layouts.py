@@ -15,7 +15,7 @@ from omni.spec import OffloadSpec
 
 CONTEXT_BYTES = GIB
 """The CUDA context, the libraries' workspaces, and what torch's allocator holds without using it."""
-PROCESS_BYTES = {"cpu": GIB, "cuda": 3 * GIB}
+PROCESS_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB}
 """Host memory of a process that has imported torch and diffusers, and started CUDA."""
 MAX_SEARCHED = 8
 """The largest components, of which all combinations are tried; others stay on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omni.memory import MemoryPlan
 from omni.memory_layouts import CONTEXT_BYTES, Chooser, Layout
 from omni.sizes import format_bytes
 
@@ -63,7 +64,9 @@ def _deeds(layout: Layout, chooser: Chooser) -> str:
             size, times = format_bytes(sum(part.blocks) - resident), part.use.num_runs
             texts.append(f"{size} of {part.name} stream" + (f" {times} times" if times > 1 else " once"))
     if turns:
-        texts.append(f"{' and '.join(turns)} take{'s' * (len(turns) == 1)} turns")
+        texts.append(
+            f"{', '.join(turns[:-1])}{' and ' * (len(turns) > 1)}{turns[-1]} take{'s' * (len(turns) == 1)} turns"
+        )
     source = "from the checkpoint, since host memory is short" if chooser.offload.policy == "auto" else "from disk"
     where = f" {source}" if layout.source == "disk" else ""
     return f"{', '.join(texts)}{where}: {layout.seconds:.1f} s a request"
@@ -85,3 +88,13 @@ def _alternative(layout: Layout, chooser: Chooser) -> str:
         return ""
     needed = min(map(chooser.peak, turned)) + CONTEXT_BYTES
     return f" (components in turn would need {format_bytes(needed)})" if needed > chooser.budget else ""
+
+
+def memory_note(memory: MemoryPlan | None) -> str:
+    """A few words for a drawing; empty when there is nothing to say."""
+    if memory is None or not memory.components:
+        return ""
+    if memory.room.device == "cpu":
+        return f"{format_bytes(memory.peak_host_bytes)} host"
+    how = "" if memory.policy == "none" else f", {memory.policy}"
+    return f"{format_bytes(memory.peak_device_bytes)} GPU{how}"

@@ -140,7 +140,7 @@ def _check_alone(claim: Claim, slots: Sequence[Slot]) -> None:
     room = max(sum(sorted(sizes)[-count:]) for sizes in per_node.values() if len(sizes) >= count)
     if claim.floor_bytes > room:
         have = "the largest GPU has" if count == 1 else f"{count} GPUs have"
-        what = "its weights take" if claim.least_bytes is None else "whatever is offloaded, it needs"
+        what = "its weights take" if claim.least_bytes is None else "with its offload policy it needs at least"
         raise PlanError(
             f"stage '{claim.stage}': {what} {format_bytes(claim.floor_bytes)} and {have} {format_bytes(room)}: {REMEDY}"
         )
