@@ -35,7 +35,7 @@ def refusal(chooser: Chooser) -> str:
         )
     if chooser.room.host_bytes and host > chooser.room.host_bytes:
         return (
-            f"{asked}the weights that wait in host memory take {format_bytes(host)}, and there are "
+            f"{asked}with the weights that wait there the process takes {format_bytes(host)} of host memory, and there are "
             f"{format_bytes(chooser.room.host_bytes)}: say offload.policy: disk"
         )
     return (

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from omni.hardware import Hardware
     from omni.plan import Plan
 
 
@@ -61,27 +62,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "graph": plan.graph.spec.name,
         "runner": plan.runner,
         "reason": plan.reason,
-        "hardware": {
-            "name": plan.hardware.name,
-            "nodes": [
-                {
-                    "name": node.name,
-                    "cpus": node.cpus,
-                    "memory_bytes": node.memory_bytes,
-                    "disk_bytes_per_second": node.disk_bytes_per_second,
-                    "page_cache_bytes_per_second": node.links().page_cache_bytes_per_second,
-                    "gpus": [
-                        {
-                            "name": gpu.name,
-                            "memory_bytes": gpu.memory_bytes,
-                            "h2d_bytes_per_second": gpu.h2d_bytes_per_second,
-                        }
-                        for gpu in node.gpus
-                    ],
-                }
-                for node in plan.hardware.nodes
-            ],
-        },
+        "hardware": _hardware_document(plan.hardware),
         "processes": [
             {
                 "name": process.name,
@@ -120,6 +101,30 @@ def plan_document(plan: Plan) -> dict[str, Any]:
             for planned in plan.edges
         ],
         "warnings": [*plan.hardware.notes, *plan.warnings],
+    }
+
+
+def _hardware_document(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "name": hardware.name,
+        "nodes": [
+            {
+                "name": node.name,
+                "cpus": node.cpus,
+                "memory_bytes": node.memory_bytes,
+                "disk_bytes_per_second": node.disk_bytes_per_second,
+                "page_cache_bytes_per_second": node.links().page_cache_bytes_per_second,
+                "gpus": [
+                    {
+                        "name": gpu.name,
+                        "memory_bytes": gpu.memory_bytes,
+                        "h2d_bytes_per_second": gpu.h2d_bytes_per_second,
+                    }
+                    for gpu in node.gpus
+                ],
+            }
+            for node in hardware.nodes
+        ],
     }
 
 
