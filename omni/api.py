@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -47,6 +47,8 @@ class Timings(msgspec.Struct, frozen=True):
     """From acceptance to the final event."""
     stages: dict[str, StageFinished]
     hops: tuple[HopFinished, ...]
+    loads: dict[str, LoadProgress] = {}
+    """Stage -> how its loading ended, before the request: seconds, and peaks of memory."""
 
 
 class Result:
@@ -88,9 +90,10 @@ def build_runner(plan: Plan, address: str | None = None) -> Runner:
 class ResultBuilder:
     """Collects a request's events into a Result."""
 
-    def __init__(self, request: Request, graph: LoadedGraph) -> None:
+    def __init__(self, request: Request, graph: LoadedGraph, loads: Mapping[str, LoadProgress] = {}) -> None:
         self._request = request
         self._graph = graph
+        self._loads = loads
         self._stages: dict[str, StageFinished] = {}
         self._hops: list[HopFinished] = []
 
@@ -106,7 +109,7 @@ class ResultBuilder:
             case Aborted():
                 raise RequestAborted(event.request_id, event.reason)
             case Done():
-                timings = Timings(seconds=event.seconds, stages=self._stages, hops=tuple(self._hops))
+                timings = Timings(event.seconds, self._stages, tuple(self._hops), dict(self._loads))
                 return Result(event.outputs, self._request, timings, self._graph)
         return None
 
@@ -138,6 +141,7 @@ class AsyncOmni:
         self._starting = asyncio.Lock()
         self._report = report
         self._runner: Runner | None = None
+        self.loads: dict[str, LoadProgress] = {}
 
     @property
     def graph(self) -> Graph:
@@ -189,8 +193,13 @@ class AsyncOmni:
                 hardware = await stack.enter_async_context(joined(self._address))
                 self._plan = make_plan(self.graph, hardware, self._choice)
             runner = build_runner(self._plan, self._address)
-            await runner.start(self._report)
+            await runner.start(self._hear)
             return runner
+
+    def _hear(self, progress: LoadProgress) -> None:
+        if progress.state == "ready":
+            self.loads[progress.stage] = progress
+        self._report(progress)
 
     def stop_seconds(self) -> float:
         """An upper bound of `stop`: what stages may take to stop, and to be torn down."""
@@ -222,7 +231,7 @@ class AsyncOmni:
     ) -> Result:
         """Run one request to its end. Raises InputError, RequestFailed or RequestAborted."""
         request = request or self.request(seed=seed, request_id=request_id, **inputs)
-        builder = ResultBuilder(request, self.loaded)
+        builder = ResultBuilder(request, self.loaded, self.loads)
         async with contextlib.aclosing(self.stream(request)) as events:
             async for event in events:
                 if (result := builder.add(event)) is not None:

@@ -1,28 +1,37 @@
-"""Sizes and dtypes of checkpoints, from safetensors headers alone: no weights are read, nothing is downloaded."""
+"""Sizes, dtypes and blocks of checkpoints, from headers and JSON alone: no weights are read, nothing is downloaded."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+from omni.component_facts import ComponentFacts, auto_dtype, loaded_size, sort_tensors
 from omni.errors import UsageError
 from omni.graph import Graph
 from omni.model_paths import cached_snapshot, is_path, resolve_model_path
 from omni.registry import CheckpointRef, find_kind_of
-from omni.sizes import format_bytes
+from omni.safetensors_headers import read_header
 
-MAX_HEADER_BYTES = 100_000_000
-"""The bound of the safetensors library itself."""
+__all__ = [
+    "PICKLED",
+    "STEMS",
+    "UNKNOWN",
+    "CheckpointFacts",
+    "auto_dtype",
+    "find_checkpoint",
+    "gather_facts",
+    "read_facts",
+]
+
 STEMS = ("diffusion_pytorch_model", "model")
 """How diffusers and transformers name weight files."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of an element, by the names of safetensors headers and of graph files."""
 
 
 class CheckpointFacts(msgspec.Struct, frozen=True):
@@ -34,6 +43,8 @@ class CheckpointFacts(msgspec.Struct, frozen=True):
     """dtype name as in the header (`BF16`) -> bytes."""
     known: bool = True
     """False when the checkpoint is not on this machine yet."""
+    parts: dict[str, ComponentFacts] = {}
+    """Component -> its blocks and its config.json."""
 
     @property
     def total_bytes(self) -> int:
@@ -42,37 +53,15 @@ class CheckpointFacts(msgspec.Struct, frozen=True):
 
     def loaded_bytes(self, dtype: str | None, device: str) -> int:
         """Bytes of all weights once loaded as `dtype` onto `device`; None keeps the checkpoint's own dtypes."""
-        size = _FLOAT_SIZES.get(auto_dtype(device) if dtype == "auto" else dtype or "")
-        if size is None or not self.dtypes:
-            return self.total_bytes
-        return sum(
-            count * size // _FLOAT_SIZES[name] if name in _FLOAT_SIZES else count for name, count in self.dtypes.items()
-        )
+        return loaded_size(self.dtypes, dtype, device) if self.dtypes else self.total_bytes
 
-
-def auto_dtype(device: str) -> str:
-    """What `dtype: auto` loads as: bfloat16 on a GPU, float32 on a CPU, whose bfloat16 convolutions are slow."""
-    return "float32" if device == "cpu" else "bfloat16"
+    def part(self, name: str) -> ComponentFacts:
+        """The facts of one component; of one whose tensors are not known, its bytes as they are."""
+        return self.parts.get(name) or ComponentFacts({"": self.components[name]}, {"": self.components[name]})
 
 
 _T = TypeVar("_T")
 UNKNOWN = CheckpointFacts({}, known=False)
-
-
-class HeaderTensor(msgspec.Struct, frozen=True):
-    """One tensor in a safetensors header; its bytes lie in [start, end) of the file's data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-class Header(msgspec.Struct, frozen=True):
-    """The head of a safetensors file."""
-
-    data_start: int
-    """Where the data begins in the file, in bytes."""
-    tensors: dict[str, HeaderTensor]
 
 
 class _Index(msgspec.Struct):
@@ -143,26 +132,39 @@ def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
     index = folder / "model_index.json"
     if index.is_file():
         entries = _decode(index, dict[str, msgspec.Raw])
-        parts = {name: _component(bytes(raw)) for name, raw in entries.items() if not name.startswith("_")}
-        folders = {name: folder / name for name, part in parts.items() if part}
-        models = {name for name, part in parts.items() if part and _is_model(*part)}
+        classes = {name: _component(bytes(raw)) for name, raw in entries.items() if not name.startswith("_")}
+        folders = {name: folder / name for name, found in classes.items() if found}
+        models = {name for name, found in classes.items() if found and _is_model(*found)}
     else:
         folders, models = {"model": folder}, {"model"}
-    components: dict[str, int] = {}
-    dtypes: dict[str, int] = {}
+    parts: dict[str, ComponentFacts] = {}
     for name, place in folders.items():
         if not place.is_dir():
             raise MissingFile(f"{place}: {index.name} names this folder, but it is not there")
-        for file in weight_files(place, variant):
-            for tensor in read_header(file).tensors.values():
-                size = tensor.data_offsets[1] - tensor.data_offsets[0]
-                components[name] = components.get(name, 0) + size
-                dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + size
-        if name in models and name not in components and (place / "config.json").is_file():
+        files = tuple(weight_files(place, variant))
+        if files:
+            parts[name] = _read_component(place, files)
+        elif name in models and (place / "config.json").is_file():
             raise MissingFile(f"{place}: holds a config.json, but no safetensors weights")
-    if not components:
+    if not parts:
         raise MissingFile(f"{folder}: holds no safetensors weights")
-    return CheckpointFacts(components, dtypes)
+    dtypes: Counter[str] = Counter()
+    for part in parts.values():
+        dtypes.update(part.dtypes)
+    components = {name: part.total_bytes for name, part in parts.items()}
+    return CheckpointFacts(components, dict(dtypes), parts=parts)
+
+
+def _read_component(folder: Path, files: tuple[Path, ...]) -> ComponentFacts:
+    config = folder / "config.json"
+    return sort_tensors(
+        (
+            (name, tensor.dtype, tensor.num_bytes)
+            for file in files
+            for name, tensor in read_header(file).tensors.items()
+        ),
+        _decode(config, dict[str, Any]) if config.is_file() else {},
+    )
 
 
 def _component(raw: bytes) -> tuple[str, str] | None:
@@ -209,33 +211,6 @@ def _shards(index: Path) -> list[Path]:
         if not file.is_file():
             raise MissingFile(f"{file}: {index.name} names this file, but it is not there")
     return files
-
-
-def read_header(file: Path) -> Header:
-    """What one safetensors file holds: 8 bytes of length, then that much JSON, then the data. Raises UsageError."""
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise UsageError(f"{file}: not a safetensors file, or cut short ({format_bytes(size)}): fetch it again")
-            text = stream.read(length)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
-    try:
-        entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        entries.pop("__metadata__", None)
-        tensors = {name: msgspec.json.decode(raw, type=HeaderTensor) for name, raw in entries.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: its safetensors header is broken ({error}): fetch it again") from error
-    for name, tensor in tensors.items():
-        start, end = tensor.data_offsets
-        if not 0 <= start <= end <= size - 8 - length:
-            raise UsageError(
-                f"{file}: cut short, its header promises {format_bytes(max(end, 0))} of data for tensor '{name}', and "
-                f"{format_bytes(size - 8 - length)} are there: fetch it again"
-            )
-    return Header(8 + length, tensors)
 
 
 def _decode(file: Path, kind: type[_T]) -> _T:

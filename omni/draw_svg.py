@@ -6,9 +6,10 @@ from xml.sax.saxutils import escape
 
 from omni.draw import Item, layout, stage_labels
 from omni.graph import Edge
+from omni.memory_reasons import memory_note
 from omni.plan import Plan
 
-BOX_HEIGHT, GAP, MARGIN, TOP = 62, 46, 24, 62
+BOX_HEIGHT, GAP, MARGIN, TOP = 80, 46, 24, 62
 CHAR_WIDTH = 7.6
 """Of the labels' font, roughly: boxes and gaps are sized by it."""
 COLOURS = ("#4c78d8", "#d9822b", "#2f9e6e", "#b455b6", "#c94f4f", "#5f8a2c", "#1f97a8", "#8a6d3b")
@@ -33,7 +34,9 @@ class _Picture:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.layout = layout(plan.graph)
-        self.labels = stage_labels(plan)
+        self.labels = {
+            stage: (*labels, memory_note(plan.stage(stage).memory)) for stage, labels in stage_labels(plan).items()
+        }
         used = [process.name for process in plan.processes if process.stages]
         self.colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(used)}
         self.hops = self.hop_labels()
@@ -100,15 +103,16 @@ class _Picture:
 
     def box(self, item: Item) -> str:
         x, y, width = self.boxes[item]
-        name, what = self.labels[item.stage]
+        name, what, memory = self.labels[item.stage]
         colour = self.colours[self.plan.stage(item.stage).process]
         top = y - BOX_HEIGHT / 2
         return (
             f'<g data-stage="{_attribute(name)}"><title>{_text(self.plan.stage(name).reason)}</title>'
             f'<rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{BOX_HEIGHT}" rx="8" fill="{colour}" '
             f'fill-opacity="0.14" stroke="{colour}" stroke-width="1.8"/>'
-            f'<text class="name" x="{x + 14:.1f}" y="{y - 4:.1f}">{_text(name)}</text>'
-            f'<text class="small" x="{x + 14:.1f}" y="{y + 16:.1f}">{_text(what)}</text></g>'
+            f'<text class="name" x="{x + 14:.1f}" y="{y - 14:.1f}">{_text(name)}</text>'
+            f'<text class="small" x="{x + 14:.1f}" y="{y + 6:.1f}">{_text(what)}</text>'
+            f'<text class="small" x="{x + 14:.1f}" y="{y + 25:.1f}">{_text(memory)}</text></g>'
         )
 
     def route(self, source: str, target: str) -> list[Item]:

@@ -6,6 +6,8 @@ An inventory file:
     nodes:
       - {name: big, cpus: 64, memory: 512GiB, gpus: {type: h100, count: 4}}
       - {name: small, cpus: 16, memory: 64GiB, gpus: {type: my-gpu, count: 1, memory: 48GiB}}
+
+How fast weights move may be said too, per second: `h2d: 25GB` of a GPU, `disk: 6GB` and `page_cache: 20GB` of a node.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from msgspec import Meta
 
 from omni.errors import GraphError, Mistake, UsageError
 from omni.graph import nearest
+from omni.memory import Links
 from omni.sizes import GIB, parse_bytes
 
 NVIDIA_SMI_SECONDS = 10.0
@@ -32,12 +35,22 @@ NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose."""
 
 
+PCIE5, PCIE4, PCIE3 = 55e9, 25e9, 12e9
+"""Bytes a second from pinned host memory through 16 lanes: measured on an H200 (PCIe 5.0), its half and its quarter."""
+PAGE_CACHE, PAGE_CACHE_OF_A_CORE = 43e9, 4e9
+"""Bytes a second out of the page cache, measured: at most with 16 threads on an H200's host, and with one thread."""
+DISK = 2e9
+"""Bytes a second from the disk of that host, measured."""
+
+
 class Gpu(msgspec.Struct, frozen=True):
     """One kind of GPU: `memory_bytes` of device memory each."""
 
     name: str
     memory_bytes: int
     """0 when unknown: then it is given to one stage, whole."""
+    h2d_bytes_per_second: float = PCIE4
+    """From pinned host memory to this GPU."""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -47,6 +60,18 @@ class Node(msgspec.Struct, frozen=True):
     cpus: float
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
+    disk_bytes_per_second: float = DISK
+    page_cache_bytes_per_second: float = 0.0
+    """0: as many cores as it has can give."""
+
+    def links(self, gpu_id: int | None = None) -> Links:
+        """How fast weights move here; to that GPU, or into memory for None."""
+        return Links(
+            h2d_bytes_per_second=self.gpus[gpu_id].h2d_bytes_per_second if gpu_id is not None else PCIE4,
+            page_cache_bytes_per_second=self.page_cache_bytes_per_second
+            or min(PAGE_CACHE, PAGE_CACHE_OF_A_CORE * max(1.0, self.cpus)),
+            disk_bytes_per_second=self.disk_bytes_per_second,
+        )
 
 
 class Hardware(msgspec.Struct, frozen=True):
@@ -65,20 +90,21 @@ class Machine(msgspec.Struct, frozen=True):
     """What nvidia-smi reports."""
     cpus: int
     host_gib: int
+    h2d_bytes_per_second: float = PCIE5
 
 
 GPU_TYPES = {
     "b200": Machine(183359, 28, 256),
     "h200": Machine(143771, 24, 256),
     "h100": Machine(81559, 24, 256),
-    "a100": Machine(81920, 16, 128),
-    "l40s": Machine(46068, 16, 96),
-    "l4": Machine(23034, 12, 48),
-    "a10g": Machine(23028, 8, 32),
-    "t4": Machine(15360, 8, 30),
+    "a100": Machine(81920, 16, 128, PCIE4),
+    "l40s": Machine(46068, 16, 96, PCIE4),
+    "l4": Machine(23034, 12, 48, PCIE4),
+    "a10g": Machine(23028, 8, 32, PCIE4),
+    "t4": Machine(15360, 8, 30, PCIE3),
     "5090": Machine(32607, 16, 64),
-    "4090": Machine(24564, 16, 64),
-    "3090": Machine(24576, 16, 64),
+    "4090": Machine(24564, 16, 64, PCIE4),
+    "3090": Machine(24576, 16, 64, PCIE4),
 }
 """Presets are these names with a count: `h100x8`, and `h100x8x2` for two nodes; `cpu16` has no GPU."""
 CPU_GIB_PER_CORE = 4
@@ -88,6 +114,7 @@ class _GpuEntry(msgspec.Struct, forbid_unknown_fields=True):
     type: str
     count: Annotated[int, Meta(ge=1, le=64)] = 1
     memory: str | int | None = None
+    h2d: str | int | None = None
 
 
 class _NodeEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -96,6 +123,8 @@ class _NodeEntry(msgspec.Struct, forbid_unknown_fields=True):
     name: str = ""
     gpus: _GpuEntry | None = None
     count: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    disk: str | int | None = None
+    page_cache: str | int | None = None
 
 
 def load_hardware(text: str | None = None) -> Hardware:
@@ -116,7 +145,7 @@ def preset(text: str) -> Hardware:
     match = re.fullmatch(r"(?P<type>\w+?)x(?P<count>[1-9]\d?)(x(?P<nodes>[1-9]\d{0,3}))?", text)
     if match and match["type"] in GPU_TYPES:
         machine, count = GPU_TYPES[match["type"]], int(match["count"])
-        gpus = (Gpu(match["type"], machine.memory_mib * MIB),) * count
+        gpus = (Gpu(match["type"], machine.memory_mib * MIB, machine.h2d_bytes_per_second),) * count
         return _hardware(text, int(match["nodes"] or 1), machine.cpus * count, machine.host_gib * count * GIB, gpus)
     suggestion = nearest(text.split("x")[0], GPU_TYPES)
     raise UsageError(
@@ -200,7 +229,9 @@ class _Inventory:
         gpus = self.gpus((*path, "gpus"), parsed.gpus) if parsed.gpus else ()
         name = parsed.name or f"node{index}"
         names = [name] if parsed.count == 1 else [f"{name}-{number}" for number in range(parsed.count)]
-        return [Node(name, parsed.cpus, memory_bytes, gpus) for name in names]
+        disk = self.rate((*path, "disk"), parsed.disk, DISK)
+        page_cache = self.rate((*path, "page_cache"), parsed.page_cache, 0.0)
+        return [Node(name, parsed.cpus, memory_bytes, gpus, disk, page_cache) for name in names]
 
     def gpus(self, path: tuple[str | int, ...], entry: _GpuEntry) -> tuple[Gpu, ...]:
         known = GPU_TYPES.get(entry.type)
@@ -212,7 +243,8 @@ class _Inventory:
             hint = nearest(entry.type, GPU_TYPES)
             self.fault((*path, "type"), f"unknown GPU type '{entry.type}'{hint or ''}; for another type give `memory`")
             return ()
-        return (Gpu(entry.type, memory_bytes),) * entry.count
+        h2d = self.rate((*path, "h2d"), entry.h2d, known.h2d_bytes_per_second if known else PCIE4)
+        return (Gpu(entry.type, memory_bytes, h2d),) * entry.count
 
     def size(self, path: tuple[str | int, ...], text: str | int) -> int:
         try:
@@ -220,6 +252,15 @@ class _Inventory:
         except UsageError as error:
             self.fault(path, str(error))
             return 0
+
+    def rate(self, path: tuple[str | int, ...], text: str | int | None, default: float) -> float:
+        """Bytes a second, or `default` where the file says nothing."""
+        if text is None:
+            return default
+        found = self.size(path, text)
+        if not found and not self.mistakes:
+            self.fault(path, f"{text!r}: bytes a second, such as 25GB, must be more than nothing")
+        return float(found)
 
     def check_keys(self, path: tuple[str | int, ...], entry: object, kind: type[msgspec.Struct]) -> None:
         allowed = kind.__struct_fields__
@@ -281,7 +322,7 @@ def from_ray_nodes(nodes: Sequence[Mapping[str, Any]], name: str = "ray cluster"
         resources = entry.get("Resources", {})
         prefix = "accelerator_type:"
         label = next((key.removeprefix(prefix) for key in resources if key.startswith(prefix)), "gpu")
-        gpu = Gpu(label, _memory_of_type(label))
+        gpu = Gpu(label, _memory_of_type(label), _h2d_of_type(label))
         host = str(entry.get("NodeName") or entry.get("NodeManagerAddress") or entry.get("NodeID"))
         node = Node(host, float(resources.get("CPU", 0)), int(resources.get("memory", 0)))
         node = msgspec.structs.replace(node, gpus=(gpu,) * int(resources.get("GPU", 0)))
@@ -291,11 +332,18 @@ def from_ray_nodes(nodes: Sequence[Mapping[str, Any]], name: str = "ray cluster"
 
 
 def _memory_of_type(label: str) -> int:
-    words = re.split(r"[^a-z0-9]+", label.lower())
-    for word in words:  # Ray's "A100-40G"
+    for word in _words(label):  # Ray's "A100-40G"
         if match := re.fullmatch(r"(\d+)gb?", word):
             return int(match[1]) * GIB
-    return next((GPU_TYPES[word].memory_mib * MIB for word in words if word in GPU_TYPES), 0)
+    return next((GPU_TYPES[word].memory_mib * MIB for word in _words(label) if word in GPU_TYPES), 0)
+
+
+def _h2d_of_type(label: str) -> float:
+    return next((GPU_TYPES[word].h2d_bytes_per_second for word in _words(label) if word in GPU_TYPES), PCIE4)
+
+
+def _words(label: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", label.lower())
 
 
 def count_cpus() -> float:
@@ -344,5 +392,6 @@ def _parse_smi(text: str, visible: str | None) -> tuple[tuple[Gpu, ...], tuple[s
                 break
             note = f"CUDA_VISIBLE_DEVICES names {key!r}, which nvidia-smi does not list as a GPU; it and all after it"
             return tuple(gpus), (f"{note} are left out of the plan (parts of a GPU, MIG-..., are not supported)",)
-        gpus.append(Gpu(row[2], int(row[3]) * MIB if row[3].isdigit() else 0))  # "[N/A]" where it is the host's memory
+        memory_bytes = int(row[3]) * MIB if row[3].isdigit() else 0  # "[N/A]" where it is the host's memory
+        gpus.append(Gpu(row[2], memory_bytes, _h2d_of_type(row[2])))
     return tuple(gpus), ()

@@ -7,6 +7,42 @@ from typing import Literal
 import msgspec
 
 Policy = Literal["none", "component", "layerwise", "disk"]
+Place = Literal["device", "host, in turn", "host, streamed", "disk, in turn", "disk, streamed"]
+
+
+class Links(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast weights move, in bytes a second."""
+
+    h2d_bytes_per_second: float = 25e9
+    """From pinned host memory to one GPU."""
+    page_cache_bytes_per_second: float = 43e9
+    """From the page cache into memory, with as many threads as it takes."""
+    disk_bytes_per_second: float = 2e9
+    """From the disk, when the page cache has nothing of it."""
+
+
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """What a stage may take of its device and host."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    device_bytes: int = 0
+    """0: unknown, and taken to hold anything."""
+    host_bytes: int = 0
+    """0: unknown, and taken to hold anything."""
+    links: Links = Links()
+
+
+class ComponentUse(msgspec.Struct, frozen=True, kw_only=True):
+    """How one component works in a request, as the kind of its stage knows it."""
+
+    num_runs: int = 1
+    """How often its forward runs."""
+    calls_per_step: int = 1
+    """Runs of each denoise step: two with classifier-free guidance in two calls."""
+    activation_bytes: int = 0
+    """Device memory that it takes at most while it runs, beside weights."""
+    may_stream: bool = True
+    """Its blocks run one after another, each once in a forward."""
 
 
 class ComponentMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,11 +53,13 @@ class ComponentMemory(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int
     """Weights that stay on the device for as long as the stage lives."""
     streamed_bytes: int = 0
-    """Weights copied to the device each time the component runs (a denoise step, for a denoiser)."""
+    """Weights copied to the device each time the component runs (a denoise step, for a denoiser); once a request when
+    it takes turns."""
     slot_bytes: int = 0
-    """Device memory through which streamed weights pass."""
-    place: str = "device"
-    """For people: `device`, `host, in turn`, `host, streamed`, `disk, streamed`."""
+    """Device memory through which streamed weights pass; all of the component when it takes turns."""
+    place: Place = "device"
+    num_copies: int = 0
+    """How often a request copies the streamed weights."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,13 +67,26 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: Policy
     components: tuple[ComponentMemory, ...] = ()
+    """Empty when the checkpoint is not on this machine: plan again, within `room`, once it is."""
     budget_bytes: int = 0
     """Device memory that the stage may take; 0 when unknown."""
     activation_bytes: int = 0
     """Estimate of what a request takes beside the weights; a first request corrects it."""
+    context_bytes: int = 0
+    """What CUDA and its libraries take beside all that torch allocates."""
     peak_device_bytes: int = 0
+    """Weights, slots and activations at once: what torch allocates at most."""
     peak_host_bytes: int = 0
+    """Memory of the process at most."""
     load_seconds: float = 0.0
+    """From the page cache."""
+    cold_load_seconds: float = 0.0
+    """From the disk."""
     step_seconds: float = 0.0
-    """Floor of a denoise step: streamed bytes over the rate of the link; 0 when nothing is streamed."""
+    """Floor of a denoise step (a token, for a language model): streamed bytes over the rate of the link; 0 when
+    nothing is streamed."""
+    copy_seconds: float = 0.0
+    """All weights that a request copies, over the rate of the link."""
+    room: Room = Room()
+    """What it was planned for."""
     reason: str = ""

@@ -109,6 +109,10 @@ class StageFinished(Event, frozen=True, kw_only=True):
     stage: str
     seconds: float
     bytes: int
+    peak_device_bytes: int = 0
+    """The most that torch has allocated on the stage's GPU, in its process so far; 0 without one."""
+    peak_host_bytes: int = 0
+    """The most memory that its process has had so far, mapped files included; 0 when unknown."""
 
 
 class Done(Event, frozen=True, kw_only=True):
@@ -141,3 +145,8 @@ class LoadProgress(Message, frozen=True, kw_only=True):
     done_bytes: int
     total_bytes: int
     state: Literal["loading", "ready"] = "loading"
+    load_seconds: float = 0.0
+    """When ready: since the stage's setup began."""
+    peak_device_bytes: int = 0
+    """When ready: as in StageFinished."""
+    peak_host_bytes: int = 0

@@ -5,6 +5,7 @@ Pure arithmetic over claims and memory sizes. The result is deterministic, and n
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ SHARE_ROOM_BYTES = 2 * GIB
 """... and this on top, for activations and the CUDA context."""
 UNITS = 10_000
 """Ray counts fractions of a GPU in ten-thousandths."""
+PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Of what the stages want beyond their least: tried in this order until they all fit."""
 PLANNED_STEP = 100
 """Planned fractions are rounded up to hundredths, which read well."""
 UNKNOWN_ROOM = 2**60
@@ -37,11 +40,26 @@ class Claim(msgspec.Struct, frozen=True):
     """As the graph says: whole GPUs, or a fraction below 1; None leaves it to the planner."""
     gpu_id: int | None = None
     """`device: cuda:N`: this GPU and no other."""
+    wanted_bytes: int | None = None
+    """Device memory with which nothing has to be offloaded; None for a stage of which only the weights are known."""
+    least_bytes: int | None = None
+    """Device memory with which it still works, its weights offloaded; None when it cannot offload."""
+
+    def share_bytes(self, part: float = 1.0) -> int:
+        """Device memory on a shared GPU: all that is wanted, or this part of the way to it from the least."""
+        if self.wanted_bytes is None or self.least_bytes is None:
+            return math.ceil((self.weight_bytes or 0) * SHARE_FACTOR) + SHARE_ROOM_BYTES
+        return self.least_bytes + math.ceil(part * (self.wanted_bytes - self.least_bytes))
 
     @property
-    def share_bytes(self) -> int:
-        """Device memory that a stage with known weights needs on a shared GPU."""
-        return math.ceil((self.weight_bytes or 0) * SHARE_FACTOR) + SHARE_ROOM_BYTES
+    def whole_bytes(self) -> int:
+        """Memory of a whole GPU with which nothing has to be offloaded."""
+        return (self.weight_bytes or 0) if self.wanted_bytes is None else self.wanted_bytes
+
+    @property
+    def floor_bytes(self) -> int:
+        """Memory of a whole GPU that it cannot do without."""
+        return (self.weight_bytes or 0) if self.least_bytes is None else self.least_bytes
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -77,7 +95,8 @@ def place_gpus(claims: Sequence[Claim], slots: Sequence[Slot]) -> dict[str, Shar
     """Give every claim its GPUs and take them out of `slots`. Raises PlanError when they do not suffice.
 
     Claims with a number of their own come first. Of the others the largest get whole GPUs, as many as leave enough
-    for the rest to share; the rest is packed best fit, largest first.
+    for the rest to share; the rest is packed best fit, largest first. Only when they do not fit so, stages that can
+    offload weights get less than they want.
     """
     shares: dict[str, Share] = {}
     for claim in claims:
@@ -89,17 +108,19 @@ def place_gpus(claims: Sequence[Claim], slots: Sequence[Slot]) -> dict[str, Shar
     rest = sorted((claim for claim in claims if claim not in own), key=_size, reverse=True)
     num_unknown = sum(claim.weight_bytes is None for claim in rest)
     num_free = sum(slot.is_whole for slot in slots)
+    yielding = any(claim.least_bytes is not None for claim in rest)
     failure: PlanError | None = None
-    for num_whole in range(min(len(rest), num_free), num_unknown - 1, -1):
-        trial = copy.deepcopy(list(slots))
-        try:
-            found = {claim.stage: _place_whole(claim, 1, trial) for claim in rest[:num_whole]}
-            found |= {claim.stage: _place_share(claim, trial) for claim in rest[num_whole:]}
-        except PlanError as error:
-            failure = error
-            continue
-        _take(slots, trial)
-        return shares | found
+    for strict, part in ((True, 1.0), *((False, part) for part in PARTS if yielding)):
+        for num_whole in range(min(len(rest), num_free), num_unknown - 1, -1):
+            trial = copy.deepcopy(list(slots))
+            try:
+                found = {claim.stage: _place_whole(claim, 1, trial, strict) for claim in rest[:num_whole]}
+                found |= {claim.stage: _place_share(claim, trial, part) for claim in rest[num_whole:]}
+            except PlanError as error:
+                failure = error
+                continue
+            _take(slots, trial)
+            return shares | found
     raise failure or PlanError(_unknown_message(rest, num_free))
 
 
@@ -117,11 +138,11 @@ def _check_alone(claim: Claim, slots: Sequence[Slot]) -> None:
         there = f"one node has {most}" if most else "there is no GPU for it"
         raise PlanError(f"stage '{claim.stage}': needs {count} GPU{'s' * (count > 1)}, but {there}: {REMEDY}")
     room = max(sum(sorted(sizes)[-count:]) for sizes in per_node.values() if len(sizes) >= count)
-    if (claim.weight_bytes or 0) > room:
+    if claim.floor_bytes > room:
         have = "the largest GPU has" if count == 1 else f"{count} GPUs have"
+        what = "its weights take" if claim.least_bytes is None else "with its offload policy it needs at least"
         raise PlanError(
-            f"stage '{claim.stage}': its weights take {format_bytes(claim.weight_bytes or 0)} and {have} "
-            f"{format_bytes(room)}: {REMEDY}"
+            f"stage '{claim.stage}': {what} {format_bytes(claim.floor_bytes)} and {have} {format_bytes(room)}: {REMEDY}"
         )
 
 
@@ -132,27 +153,40 @@ def _place_own(claim: Claim, slots: Sequence[Slot]) -> Share:
             ids = ", ".join(str(slot.gpu_id) for slot in slots)
             raise PlanError(f"stage '{claim.stage}': device: cuda:{claim.gpu_id}, but the GPUs there are {ids}")
         if claim.weight_bytes is None or (claim.gpus or 0) >= 1:
-            return _place_whole(claim, 1, pinned)
-        return _place_share(claim, pinned)
+            return _place_whole(claim, 1, pinned, strict=False)
+        return _place_part(claim, pinned)
     assert claim.gpus is not None
-    return _place_whole(claim, int(claim.gpus), slots) if claim.gpus >= 1 else _place_share(claim, slots)
+    return _place_whole(claim, int(claim.gpus), slots, strict=False) if claim.gpus >= 1 else _place_part(claim, slots)
 
 
-def _place_whole(claim: Claim, count: int, slots: Sequence[Slot]) -> Share:
-    """`count` untouched GPUs of one node: the smallest that hold the weights, on the node with the fewest left."""
+def _place_part(claim: Claim, slots: Sequence[Slot]) -> Share:
+    """As much of one GPU as there is for it."""
+    for part in PARTS[:-1]:
+        with contextlib.suppress(PlanError):
+            return _place_share(claim, slots, part)
+    return _place_share(claim, slots, PARTS[-1])
+
+
+def _place_whole(claim: Claim, count: int, slots: Sequence[Slot], strict: bool) -> Share:
+    """`count` untouched GPUs of one node: the smallest with room for all, on the node with the fewest left.
+
+    Without `strict` the largest will do when none has that room.
+    """
     choices = []
     for node in sorted({slot.node for slot in slots}):
         free = sorted((s for s in slots if s.node == node and s.is_whole), key=lambda slot: slot.memory_bytes)
         for start in range(len(free) - count + 1):
             chosen = free[start : start + count]
             memory = sum(slot.memory_bytes for slot in chosen)
-            if memory >= (claim.weight_bytes or 0):
+            if memory >= claim.whole_bytes:
                 choices.append((memory, len(free), node, chosen))
                 break
+            if not strict and memory >= claim.floor_bytes:  # after all that have room, the largest first
+                choices.append((2 * UNKNOWN_ROOM * count - memory, len(free), node, chosen))
     if not choices:
         number = "a whole GPU" if count == 1 else f"{count} whole GPUs of one node"
         raise PlanError(
-            f"stage '{claim.stage}': needs {number} with {format_bytes(claim.weight_bytes or 0)} for its weights, "
+            f"stage '{claim.stage}': needs {number} with {format_bytes(claim.floor_bytes)} for its weights, "
             f"and the other stages leave none: {REMEDY}"
         )
     _, _, node, chosen = min(choices, key=lambda choice: choice[:3])
@@ -161,18 +195,18 @@ def _place_whole(claim: Claim, count: int, slots: Sequence[Slot]) -> Share:
     return Share(node, tuple(slot.gpu_id for slot in chosen), float(count))
 
 
-def _place_share(claim: Claim, slots: Sequence[Slot]) -> Share:
+def _place_share(claim: Claim, slots: Sequence[Slot], part: float) -> Share:
     """A part of the fullest GPU that still has room for it."""
     best: tuple[int, int, Slot] | None = None
     for slot in slots:
-        units, size = _part(claim, slot)
+        units, size = _part(claim, slot, part)
         fits = units <= slot.free_units and size <= slot.free_bytes
         if fits and (best is None or slot.free_bytes - size < best[2].free_bytes - best[1]):
             best = (units, size, slot)
     if best is None:
         room = max((slot.free_bytes for slot in slots), default=0)
         needs = f"{claim.gpus:g} of a GPU and " if claim.gpus is not None else ""
-        size = claim.share_bytes if claim.gpus is None else claim.weight_bytes or 0
+        size = claim.share_bytes(part) if claim.gpus is None else claim.floor_bytes
         raise PlanError(
             f"stage '{claim.stage}': needs {needs}{format_bytes(size)} on a shared GPU, and the other stages leave "
             f"at most {format_bytes(room)}: {REMEDY}"
@@ -183,14 +217,18 @@ def _place_share(claim: Claim, slots: Sequence[Slot]) -> Share:
     return Share(slot.node, (slot.gpu_id,), units / UNITS)
 
 
-def _part(claim: Claim, slot: Slot) -> tuple[int, int]:
+def _part(claim: Claim, slot: Slot, part: float) -> tuple[int, int]:
     """Units and bytes that the claim takes of this GPU; who names a fraction decides about the room as well."""
     if claim.gpus is not None:
-        return max(1, math.ceil(round(claim.gpus * UNITS, 6))), claim.weight_bytes or 0
+        size = claim.whole_bytes
+        if claim.least_bytes is not None:
+            size = max(claim.least_bytes, min(size, int(claim.gpus * slot.memory_bytes)))
+        return max(1, math.ceil(round(claim.gpus * UNITS, 6))), size
+    size = claim.share_bytes(part)
     if slot.memory_bytes == UNKNOWN_ROOM:
-        return UNITS, claim.share_bytes
-    steps = math.ceil(claim.share_bytes * UNITS / PLANNED_STEP / slot.memory_bytes)
-    return steps * PLANNED_STEP, claim.share_bytes
+        return UNITS, size
+    steps = math.ceil(size * UNITS / PLANNED_STEP / slot.memory_bytes)
+    return steps * PLANNED_STEP, size
 
 
 def _size(claim: Claim) -> float:

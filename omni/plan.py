@@ -6,11 +6,13 @@ from typing import Literal
 
 import msgspec
 
+from omni.budgets import build_claim, plan_memories
 from omni.checkpoint import CheckpointFacts
 from omni.errors import PlanError
 from omni.graph import Edge, Graph
 from omni.hardware import Gpu, Hardware, Node
-from omni.placement import SHARE_FACTOR, Claim, CpuClaim, CpuShare, Share, Slot, place_cpus, place_gpus
+from omni.memory import MemoryPlan
+from omni.placement import SHARE_FACTOR, CpuClaim, CpuShare, Share, Slot, place_cpus, place_gpus
 from omni.processes import DRIVER, Home, Want, choose_homes, choose_runner, device_of, listed, read_want
 from omni.sizes import format_bytes
 from omni.spec import StageSpec
@@ -39,6 +41,8 @@ class StagePlan(msgspec.Struct, frozen=True):
     weight_bytes: int | None
     """Bytes of its weights; None when unknown, 0 when it has none."""
     reason: str
+    memory: MemoryPlan | None = None
+    """Where its weights live; None when it has none."""
 
 
 class ProcessPlan(msgspec.Struct, frozen=True):
@@ -128,7 +132,10 @@ def _place(
     shares = _share_gpus(hardware, wants, homes, runner)
     processes = _plan_processes(graph, hardware, wants, homes, shares)
     hosts = {stage: process for process in processes for stage in process.stages}
-    stages = tuple(_plan_stage(wants[name], homes[name], shares.get(name), hardware) for name in graph.order)
+    memories = plan_memories(hardware, wants, shares, {stage: process.node for stage, process in hosts.items()})
+    stages = tuple(
+        _plan_stage(wants[name], homes[name], shares.get(name), memories.get(name), hardware) for name in graph.order
+    )
     return Plan(
         graph=graph,
         hardware=hardware,
@@ -152,10 +159,9 @@ def _share_gpus(hardware: Hardware, wants: dict[str, Want], homes: dict[str, Hom
         for gpu_id, gpu in enumerate(there.gpus)
     ]
     claims = [
-        Claim(want.name, want.weight_bytes, want.spec.resources.gpus, _gpu_id(want.spec) if in_driver else None)
+        build_claim(want, hardware, in_driver=homes[want.name].process == DRIVER)
         for want in wants.values()
         if want.on_gpu
-        for in_driver in [homes[want.name].process == DRIVER]
     ]
     inside = [claim for claim in claims if homes[claim.stage].process == DRIVER]
     outside = [claim for claim in claims if homes[claim.stage].process != DRIVER]
@@ -240,7 +246,9 @@ def _rivals(graph: Graph, wants: dict[str, Want], members: dict[str, list[str]])
     return {one: frozenset(other for other in members if other != one and overlap(one, other)) for one in members}
 
 
-def _plan_stage(want: Want, home: Home, share: Share | None, hardware: Hardware) -> StagePlan:
+def _plan_stage(
+    want: Want, home: Home, share: Share | None, memory: MemoryPlan | None, hardware: Hardware
+) -> StagePlan:
     if share is None:
         device = "cpu"
         on = "" if not want.is_heavy else "; " + _why_cpu(want, hardware)
@@ -250,9 +258,9 @@ def _plan_stage(want: Want, home: Home, share: Share | None, hardware: Hardware)
         what = "a whole GPU" if share.gpus == 1 else f"{share.gpus:g} {'GPUs' if share.gpus > 1 else 'of a GPU'}"
         why = ", as resources.gpus says" if want.spec.resources.gpus else ""
         if share.gpus < 1 and not why:
-            why = f": its weights of {format_bytes(want.weight_bytes or 0)} with room to work, beside other stages"
+            why = f": for its weights of {format_bytes(want.weight_bytes or 0)} with room to work, beside other stages"
         on = f"; {what} ({hardware.nodes[share.node].gpus[first].name}){why}"
-    return StagePlan(want.name, home.process, device, want.weight_bytes, home.reason + on)
+    return StagePlan(want.name, home.process, device, want.weight_bytes, home.reason + on, memory)
 
 
 def _why_cpu(want: Want, hardware: Hardware) -> str:
@@ -286,7 +294,7 @@ def _warnings(
         if want.weight_bytes is None:
             whole = ", so it gets a whole GPU" if share else ""
             found.append(f"stage '{name}': its checkpoint is not on this machine, its size is unknown{whole}")
-        elif share is not None and share.gpus >= 1:
+        elif share is not None and share.gpus >= 1 and not hasattr(want.spec, "offload"):
             memory = sum(hardware.nodes[share.node].gpus[gpu_id].memory_bytes for gpu_id in share.gpu_ids)
             if want.weight_bytes * SHARE_FACTOR > memory > 0:
                 sizes = f"{format_bytes(want.weight_bytes)} of {format_bytes(memory)}"

@@ -30,6 +30,7 @@ class Want(msgspec.Struct, frozen=True):
     is_heavy: bool
     """It has a model or GPUs of its own, so it cannot ride along with another stage."""
     on_gpu: bool
+    facts: CheckpointFacts | None = None
 
 
 class Home(msgspec.Struct, frozen=True):
@@ -61,7 +62,7 @@ def read_want(name: str, spec: StageSpec, hardware: Hardware, facts: CheckpointF
     else:
         kind, dtype = "cuda" if on_gpu else "cpu", getattr(spec, "dtype", None)
         weight_bytes = facts.loaded_bytes(dtype, kind) if facts and facts.known else None
-    return Want(name, spec, weight_bytes, is_heavy=has_model or bool(gpus), on_gpu=on_gpu)
+    return Want(name, spec, weight_bytes, has_model or bool(gpus), on_gpu, facts)
 
 
 def device_of(spec: StageSpec) -> str:

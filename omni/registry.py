@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from omni.errors import Mistake, UsageError
+from omni.memory import ComponentUse
 from omni.spec import StageSpec
 
 ENTRY_POINT_GROUP = "omni.stages"
@@ -63,6 +64,9 @@ class StageKind(msgspec.Struct, frozen=True):
     """(spec, base_dir) -> faults, with paths relative to the stage (`call.guidance`)."""
     checkpoint: Callable[[Any], CheckpointRef | None] = lambda spec: None
     """The checkpoint whose weights the stage holds, or None for a stage without a model of its own."""
+    uses: Callable[[Any, Any], dict[str, ComponentUse]] = lambda spec, facts: {}
+    """(spec, CheckpointFacts) -> how the checkpoint's components work in a request; of those left out nothing is known.
+    Pure, light."""
 
 
 def import_string(target: str) -> Any:

@@ -71,6 +71,10 @@ class Stage(ABC):
         """Whether runs that nobody waits for any more hold all that the stage works with."""
         return False
 
+    def peak_device_bytes(self) -> int:
+        """The most device memory that this process has allocated so far, where the stage is; 0 on a CPU."""
+        return 0
+
     async def teardown(self) -> None:
         """Release everything; called once, after the last run."""
 

@@ -12,3 +12,8 @@ def use_device(device: str) -> None:
     """
     if torch.device(device).type == "cuda" and torch.device(device).index is not None:
         torch.cuda.set_device(device)
+
+
+def peak_device_bytes(device: str) -> int:
+    """The most that torch has allocated on a GPU so far, in this process; 0 for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else 0

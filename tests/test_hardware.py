@@ -13,7 +13,21 @@ from hypothesis import strategies as st
 
 from omni import hardware
 from omni.errors import GraphError, UsageError
-from omni.hardware import Gpu, Hardware, Node, detect, from_ray_nodes, load_hardware, preset
+from omni.hardware import (
+    DISK,
+    PAGE_CACHE,
+    PCIE3,
+    PCIE4,
+    PCIE5,
+    Gpu,
+    Hardware,
+    Node,
+    detect,
+    from_ray_nodes,
+    load_hardware,
+    preset,
+)
+from omni.memory import Links
 from omni.sizes import GIB
 
 MIB = 1024**2
@@ -84,11 +98,33 @@ def test_inventory(tmp_path: Path) -> None:
     assert found == Hardware(
         "studio",
         (
-            Node("big", 64, 512 * GIB, (Gpu("h100", 81559 * MIB),) * 2),
+            Node("big", 64, 512 * GIB, (Gpu("h100", 81559 * MIB, PCIE5),) * 2),
             Node("small-0", 16, 64 * GIB, mine),
             Node("small-1", 16, 64 * GIB, mine),
         ),
     )
+
+
+def test_rates_of_an_inventory(tmp_path: Path) -> None:
+    file = tmp_path / "farm.yaml"
+    file.write_text(
+        "nodes: [{cpus: 32, memory: 1GiB, disk: 6GB, page_cache: 20GB, gpus: {type: h100, h2d: 40GB}}, "
+        "{cpus: 4, memory: 1GiB, gpus: {type: my-gpu, memory: 8GiB}}]"
+    )
+    first, second = load_hardware(str(file)).nodes
+    assert first.links(0) == Links(
+        h2d_bytes_per_second=40e9, page_cache_bytes_per_second=20e9, disk_bytes_per_second=6e9
+    )
+    assert second.links(0) == Links(
+        h2d_bytes_per_second=PCIE4, page_cache_bytes_per_second=16e9, disk_bytes_per_second=DISK
+    )
+
+
+@pytest.mark.parametrize(("gpu", "rate"), [("h200", PCIE5), ("4090", PCIE4), ("t4", PCIE3)])
+def test_rates_of_a_preset(gpu: str, rate: float) -> None:
+    (node,) = preset(f"{gpu}x2").nodes
+    assert node.links(1).h2d_bytes_per_second == rate
+    assert node.links().page_cache_bytes_per_second <= PAGE_CACHE
 
 
 def test_inventory_without_names(tmp_path: Path) -> None:
@@ -105,14 +141,15 @@ BROKEN = [
     ("", "1:1: an inventory is a mapping with `nodes` (and `name`)"),
     ("nods: []\nnodes: [{cpus: 1, memory: 1}]", "1:1: nods: unknown key, allowed are name, nodes, did you mean"),
     ("nodes:\n  - {cpu: 1, memory: 1GiB}", "2:6: nodes[0].cpu: unknown key, allowed are cpus, memory, name, gpus, "
-     "count, did you mean 'cpus'?"),
+     "count, disk, page_cache, did you mean 'cpus'?"),
+    ("nodes:\n  - {cpus: 1, memory: 1GiB, disk: 0}", "2:29: nodes[0].disk: 0: bytes a second, such as 25GB, must be"),
     ("nodes:\n  - {cpus: 1}", "2:5: nodes[0]: Object missing required field `memory`"),
     ("nodes:\n  - cpus: many\n    memory: 1GiB", "2:5: nodes[0].cpus: Expected `float`, got `str`"),
     ("nodes:\n  - cpus: 1\n    memory: lots", "3:5: nodes[0].memory: 'lots' is not a size; write a number and a unit"),
     ("nodes:\n  - {cpus: 1, memory: 1GiB, gpus: {type: h10}}", "2:36: nodes[0].gpus.type: unknown GPU type 'h10', did "
      "you mean 'h100'?; for another type give `memory`"),
     ("nodes:\n  - {cpus: 1, memory: 1GiB, gpus: {type: h100, cont: 2}}", "2:48: nodes[0].gpus.cont: unknown key, "
-     "allowed are type, count, memory, did you mean 'count'?"),
+     "allowed are type, count, memory, h2d, did you mean 'count'?"),
     ("nodes:\n  - {cpus: 1, memory: 1, gpus: [h100]}", "2:26: nodes[0].gpus: must be a mapping of type, count, memory"),
     ("nodes:\n  - 1", "2:5: nodes[0]: must be a mapping of cpus, memory, name, gpus, count"),
     ("nodes: [{cpus: 1, memory: 1, name: a}, {cpus: 1, memory: 1, name: a}]", "1:1: nodes: two nodes are called 'a'"),
@@ -240,7 +277,7 @@ def test_ray_nodes() -> None:
         "ray cluster",
         (
             Node("host-b", 4, 8 * GIB),
-            Node("host-a", 16, 64 * GIB, (Gpu("H100", 81559 * MIB),) * 2),
+            Node("host-a", 16, 64 * GIB, (Gpu("H100", 81559 * MIB, PCIE5),) * 2),
         ),
     )
 
@@ -257,7 +294,7 @@ def test_ray_nodes() -> None:
 )
 def test_memory_of_rays_gpu_types(label: str, size: int) -> None:
     (node,) = from_ray_nodes([ray_node("a", CPU=1, GPU=1, **{f"accelerator_type:{label}": 1})]).nodes
-    assert node.gpus == (Gpu(label, size),)
+    assert [(gpu.name, gpu.memory_bytes) for gpu in node.gpus] == [(label, size)]
 
 
 def test_ray_node_of_no_known_gpu_type() -> None:

@@ -37,6 +37,9 @@ VALUES: dict[str, Any] = {
     "done_bytes": 1,
     "total_bytes": 2,
     "state": "ready",
+    "load_seconds": 1.5,
+    "peak_device_bytes": 8192,
+    "peak_host_bytes": 16384,
 }
 """Field name -> a value for it: a name means the same in every message."""
 

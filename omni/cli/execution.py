@@ -82,7 +82,7 @@ class Execution:
         return Outcome(label=label, seed=request.seed, texts=texts, files=tuple(files), timings=result.timings)
 
     async def _follow(self, job: Job, request: Request) -> Result:
-        builder = ResultBuilder(request, job.omni.loaded)
+        builder = ResultBuilder(request, job.omni.loaded, job.omni.loads)
         result = None
         async with contextlib.aclosing(job.omni.stream(request)) as events:
             async for event in events:

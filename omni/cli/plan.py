@@ -1,4 +1,4 @@
-"""Show what would run where, and why: processes, stages, edges, and a drawing of the graph. Nothing is started.
+"""Show what would run where, and why: processes, stages, memory, edges, and a drawing. Nothing is started.
 
 Modules of functions that the graph names are imported, to read their type hints.
 """
@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni.cli.memory_table import COLUMNS, memory_document, memory_lines, memory_rows
 from omni.cli.run import RUNNERS
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from omni.hardware import Hardware
     from omni.plan import Plan
 
 
@@ -60,18 +62,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "graph": plan.graph.spec.name,
         "runner": plan.runner,
         "reason": plan.reason,
-        "hardware": {
-            "name": plan.hardware.name,
-            "nodes": [
-                {
-                    "name": node.name,
-                    "cpus": node.cpus,
-                    "memory_bytes": node.memory_bytes,
-                    "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes} for gpu in node.gpus],
-                }
-                for node in plan.hardware.nodes
-            ],
-        },
+        "hardware": _hardware_document(plan.hardware),
         "processes": [
             {
                 "name": process.name,
@@ -93,6 +84,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
                 "process": stage.process,
                 "device": stage.device,
                 "weight_bytes": stage.weight_bytes,
+                "memory": memory_document(stage.memory),
                 "reason": stage.reason,
             }
             for stage in plan.stages
@@ -112,6 +104,30 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _hardware_document(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "name": hardware.name,
+        "nodes": [
+            {
+                "name": node.name,
+                "cpus": node.cpus,
+                "memory_bytes": node.memory_bytes,
+                "disk_bytes_per_second": node.disk_bytes_per_second,
+                "page_cache_bytes_per_second": node.links().page_cache_bytes_per_second,
+                "gpus": [
+                    {
+                        "name": gpu.name,
+                        "memory_bytes": gpu.memory_bytes,
+                        "h2d_bytes_per_second": gpu.h2d_bytes_per_second,
+                    }
+                    for gpu in node.gpus
+                ],
+            }
+            for node in hardware.nodes
+        ],
+    }
+
+
 def print_plan(plan: Plan) -> None:
     """Tables and drawing on standard output, in ASCII where its encoding has no lines."""
     from rich.console import Console
@@ -125,9 +141,11 @@ def print_plan(plan: Plan) -> None:
     console.print()
     console.print(Text(draw_terminal(plan, ascii_only)), no_wrap=True, crop=False, overflow="ignore", soft_wrap=True)
     console.print()
-    for table in (_process_table(plan), _stage_table(plan), _edge_table(plan)):
+    for table in (_process_table(plan), _stage_table(plan), _memory_table(plan), _edge_table(plan)):
         if table.row_count:
             _print_table(console, table, ascii_only)
+    for line in memory_lines(plan):
+        console.print(Text(line))
     for warning in (*plan.hardware.notes, *plan.warnings):
         console.print(Text(f"warning: {warning}", style="yellow"))
 
@@ -161,6 +179,13 @@ def _stage_table(plan: Plan) -> Table:
         kind = str(plan.graph.spec.stages[stage.stage].__struct_config__.tag)
         weights = "-" if stage.weight_bytes == 0 else size
         _add_row(table, stage.stage, kind, stage.process, stage.device, weights, stage.reason)
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = _table("Memory", *COLUMNS)
+    for row in memory_rows(plan):
+        _add_row(table, *row)
     return table
 
 

@@ -14,6 +14,7 @@ from omni.load_flags import add_load_flags
 
 if TYPE_CHECKING:
     from omni.cli.execution import Outcome
+    from omni.plan import Plan
 
 RUNNERS = ("auto", "inline", "ray")
 """omni.api.RunnerChoice, which takes long to import; tests compare them."""
@@ -77,12 +78,12 @@ def command(args: argparse.Namespace) -> int:
                 outcomes = asyncio.run(interrupts.guard(execution.run(job)))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
-        return _report(args, outcomes)
+        return _report(args, outcomes, job.omni.plan)
 
 
-def _report(args: argparse.Namespace, outcomes: list[Outcome]) -> int:
-    """Print texts, paths, failures and the table."""
-    from omni.cli.summary import print_table
+def _report(args: argparse.Namespace, outcomes: list[Outcome], plan: Plan) -> int:
+    """Print texts, paths, failures and the tables."""
+    from omni.cli.summary import print_tables
 
     for outcome in outcomes:
         if not args.events:
@@ -93,5 +94,5 @@ def _report(args: argparse.Namespace, outcomes: list[Outcome]) -> int:
                 print(details, file=sys.stderr)
     done = [outcome for outcome in outcomes if outcome.timings is not None]
     if done and not args.quiet:
-        print_table([o.timings for o in done if o.timings], [o.seed for o in done], sys.stderr)
+        print_tables([o.timings for o in done if o.timings], [o.seed for o in done], plan, sys.stderr)
     return 1 if any(outcome.error for outcome in outcomes) else 0

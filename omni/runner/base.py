@@ -382,6 +382,7 @@ class Runner(ABC):
                     base_dir=self.graph.base_dir,
                     device=self.plan.stage(stage).device,
                     num_threads=plan.num_threads,
+                    memory=self.plan.stage(stage).memory,
                 ),
                 target=find_kind_of(self.graph.spec.stages[stage]).stage,
             )

@@ -11,6 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from omni.errors import (
 from omni.messages import (
     Event,
     HopFinished,
+    LoadProgress,
     Message,
     Output,
     Payload,
@@ -127,7 +129,7 @@ class LocalProcess:
         seconds = stage.context.spec.timeouts.setup_seconds
         try:
             async with asyncio.timeout(seconds):
-                await stage.setup(report)
+                await stage.setup(_measured(stage, report))
         except StageError:
             raise
         except TimeoutError as error:
@@ -168,6 +170,8 @@ class LocalProcess:
                         stage=call.stage,
                         seconds=time.perf_counter() - started_at,
                         bytes=num_bytes(payload),
+                        peak_device_bytes=stage.peak_device_bytes(),
+                        peak_host_bytes=_peak_host_bytes(),
                     )
                     if call.keep:
                         self._held[call.request_id, call.stage] = payload
@@ -244,6 +248,32 @@ class LocalProcess:
 
 TEARDOWN_SECONDS = 10.0
 """How long a stage may take to release what it holds."""
+
+
+def _peak_host_bytes() -> int:
+    """The most memory that this process has had, mapped files included; 0 where the system does not say."""
+    try:
+        words = Path("/proc/self/status").read_text().split()
+        return int(words[words.index("VmHWM:") + 1]) * 1024
+    except (OSError, ValueError):
+        return 0
+
+
+def _measured(stage: Stage, report: Report) -> Report:
+    """`report` that adds to the news of a stage that is ready how long it took, and what the process took."""
+    started_at = time.perf_counter()
+
+    def add(progress: LoadProgress) -> None:
+        if progress.state == "ready":
+            progress = msgspec.structs.replace(
+                progress,
+                load_seconds=time.perf_counter() - started_at,
+                peak_device_bytes=stage.peak_device_bytes(),
+                peak_host_bytes=_peak_host_bytes(),
+            )
+        report(progress)
+
+    return add
 
 
 def _ports_of(call: RunCall) -> list[Port]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omni.registry import StageKind
 from omni.spec import DiffusionSpec
 from stages.diffusion.check import check, checkpoint, ports
+from stages.diffusion.memory import uses
 
 KIND = StageKind(
     name="diffusion",
@@ -13,4 +14,5 @@ KIND = StageKind(
     ports=ports,
     check=check,
     checkpoint=checkpoint,
+    uses=uses,
 )

@@ -10,7 +10,7 @@ from omni.errors import StageError
 from omni.messages import Payload
 from omni.spec import DiffusionSpec
 from omni.stage import Report, StageCall, StageContext, ThreadedStage, Work
-from stages.device import use_device
+from stages.device import peak_device_bytes, use_device
 from stages.diffusion.build import Built, build_pipeline
 from stages.diffusion.denoiser import DenoiseRun
 from stages.diffusion.faults import run_faults
@@ -49,6 +49,9 @@ class DiffusionStage(ThreadedStage):
         with run.active(), torch.no_grad(), run_faults(name, built.pipeline, built.device):
             result = run.fork(built.pipeline)(**arguments, **self._owned_arguments(built, call.seed))
             return build_payload(result, built.signature, fps, audio_rate(built.pipeline))
+
+    def peak_device_bytes(self) -> int:
+        return peak_device_bytes(self.context.device)
 
     def unload(self) -> None:
         """Drop the pipeline and free its device memory."""

@@ -10,6 +10,7 @@ from omni.model_paths import is_path, missing_folder, resolve_model_path
 from omni.registry import CheckpointRef, Port, Ports, StageKind
 from omni.spec import LlmSpec
 from omni.stage import Stage, StageContext
+from stages.llm.memory import uses
 from stages.llm.template import template_fields
 
 
@@ -95,4 +96,5 @@ KIND = StageKind(
     ports=ports,
     check=check,
     checkpoint=checkpoint,
+    uses=uses,
 )

@@ -22,7 +22,7 @@ from omni.model_paths import resolve_model_path
 from omni.registry import CheckpointRef
 from omni.spec import LlmSpec
 from omni.stage import Report, Stage, StageCall, StageContext
-from stages.device import use_device
+from stages.device import peak_device_bytes, use_device
 from stages.llm.prompt import build_messages
 from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
@@ -99,6 +99,9 @@ class LlmStage(Stage):
         updates = self._runs.get(request_id)
         if updates is not None:
             updates.put_nowait(Update(error=RequestAborted(request_id)))
+
+    def peak_device_bytes(self) -> int:
+        return peak_device_bytes(self.context.device)
 
     async def teardown(self) -> None:
         for source in (self._batch, self._one_by_one):

@@ -18,14 +18,11 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from omni.spec import SamplingSpec
 from stages.device import use_device
+from stages.llm.memory import BATCH_REQUESTS, PROMPT_TOKENS
 from stages.llm.sampling import SEED, BatchPicker, OneRequestPicker, Picker
 
 PAGE_TOKENS = 32
 """Tokens in a page of the batch's cache."""
-BATCH_REQUESTS = 16
-"""Requests for whose prompts and answers the batch's cache has room; more wait for their turn."""
-PROMPT_TOKENS = 512
-"""Length of a usual prompt, for the size of that cache."""
 STOP_SECONDS = 8.0
 
 

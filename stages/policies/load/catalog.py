@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from omni.checkpoint import MissingFile, read_header, weight_files
+from omni.checkpoint import MissingFile, weight_files
 from omni.errors import UsageError
+from omni.safetensors_headers import read_header
 from omni.sizes import format_bytes
 
 ITEM_BYTES = {
@@ -70,7 +71,7 @@ def _read_file(file: Path) -> list[Entry]:
             name,
             str(file),
             header.data_start + tensor.data_offsets[0],
-            tensor.data_offsets[1] - tensor.data_offsets[0],
+            tensor.num_bytes,
             tensor.dtype,
             tensor.shape,
         )
