@@ -190,7 +190,8 @@ class CudaEngine(CopyEngine):
         torch.cuda.synchronize(self.device)
 
     def peak_activation_bytes(self) -> int:
-        return max(0, int(torch.cuda.max_memory_allocated(self.device)) - self.device_bytes - self._base_bytes)
+        peak = int(torch.cuda.max_memory_allocated(self.device))
+        return max(0, peak - self.device_bytes - int(self._base_bytes))
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -214,6 +215,11 @@ class CudaEngine(CopyEngine):
 
     def _wait(self, ready: Ready) -> None:
         torch.cuda.current_stream(self.device).wait_event(ready.event)
+
+
+def engine_for(device: str) -> CopyEngine:
+    """The engine of a GPU; for `cpu`, one that plays a device in host memory."""
+    return HostEngine(poison=False) if torch.device(device).type == "cpu" else CudaEngine(device)
 
 
 class HostEngine(CopyEngine):

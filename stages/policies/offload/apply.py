@@ -9,7 +9,7 @@ from torch import nn
 from omni.memory import ComponentMemory, MemoryPlan
 from omni.sizes import parse_bytes
 from omni.spec import OffloadSpec
-from stages.memory.engine import CopyEngine, Counters, CudaEngine, HostEngine
+from stages.memory.engine import CopyEngine, Counters, HostEngine, engine_for
 from stages.memory.host import HostMemory
 from stages.policies.offload.component import Seat, Turns
 from stages.policies.offload.layerwise import LayerwiseComponent
@@ -171,12 +171,12 @@ def apply_offload(
     """Put the policy that `memory` names on plain CPU modules; `none` does nothing at all.
 
     `order`: names of components in the order in which the pipeline uses them, where it is known. Without an `engine`,
-    one for the GPU `device` is made. Raises UsageError when the host lacks memory, torch.OutOfMemoryError when the
+    one for `device` is made. Raises UsageError when the host lacks memory, torch.OutOfMemoryError when the
     device does; the components are plain CPU modules then.
     """
     if memory.policy == "none":
         return Offload(components, memory, spec, engine or HostEngine(), order)
-    offload = Offload(components, memory, spec, engine or CudaEngine(device), order)
+    offload = Offload(components, memory, spec, engine or engine_for(device), order)
     offload._do()
     return offload
 

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from stages.memory.engine import CopyEngine, Ready
-from stages.policies.offload.gates import WAIT_SECONDS, CallLock, Gate, conversions_refused, entries, scoped
+from stages.policies.offload.gates import (
+    ENTRY_METHODS,
+    LONG_METHODS,
+    WAIT_SECONDS,
+    CallLock,
+    Gate,
+    conversions_refused,
+    entries,
+    scoped,
+)
 from stages.policies.offload.placed import Placed
 from stages.policies.offload.units import ALIGN_BYTES, Parts, Unit, outside_blocks
 
@@ -45,7 +54,9 @@ class Seat:
         """Put gates wherever the component may be entered: as a whole, or by a call of one of its modules."""
         scope = scoped(_SeatScope(turns, self))
         inner = list(outside_blocks(self.module, set(map(id, self._blocks))))[1:]
-        self._gates = [Gate(self.module, entry, scope) for entry in entries(self.module)]
+        self._gates = [
+            Gate(self.module, entry, scope) for entry in entries(self.module, (*ENTRY_METHODS, *LONG_METHODS))
+        ]
         self._gates += [Gate(module, "forward", scope) for module in (*inner, *self._blocks)]
         self._gates.append(
             Gate(self.module, "_apply", conversions_refused(self.name, self.module, turns.engine.device))
@@ -82,7 +93,8 @@ class Turns:
     @property
     def arena_bytes(self) -> int:
         """Device memory for all turns."""
-        return self._arena.numel()
+        num_bytes: int = self._arena.numel()
+        return num_bytes
 
     def enter(self, seat: Seat) -> None:
         """A call of `seat` begins: waits for room, fetches it if it is not there, then fetches the next."""

@@ -20,8 +20,10 @@ from omni.errors import UsageError
 
 Function = Callable[..., Any]
 
-ENTRY_METHODS = ("encode", "decode", "generate", "get_text_features", "get_image_features")
+ENTRY_METHODS = ("encode", "decode", "get_text_features", "get_image_features")
 """What pipelines call beside forward; a method whose name begins so is an entry too."""
+LONG_METHODS = ("generate",)
+"""Entries that call forward many times."""
 WAIT_SECONDS = 3600.0
 """How long a call may wait for another thread's call of the same component."""
 
@@ -66,9 +68,9 @@ def scoped(scope: AbstractContextManager[Any]) -> Callable[[Function], Function]
     return around
 
 
-def entries(module: nn.Module) -> list[str]:
+def entries(module: nn.Module, methods: tuple[str, ...] = ENTRY_METHODS) -> list[str]:
     """Names of the functions through which pipelines compute with a module as a whole."""
-    names = [name for name in dir(type(module)) if name.startswith(ENTRY_METHODS)]
+    names = [name for name in dir(type(module)) if name.startswith(methods)]
     return ["forward", *(name for name in names if inspect.isroutine(getattr(type(module), name)))]
 
 

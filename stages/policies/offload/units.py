@@ -42,6 +42,11 @@ class Place(msgspec.Struct, frozen=True):
     shape: torch.Size
     stride: tuple[int, ...]
 
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """The parameter's tensor in the unit's device memory (uint8)."""
+        part = memory[self.offset : self.offset + self.num_bytes]
+        return part.view(self.dtype).as_strided(self.shape, self.stride)
+
 
 class Unit:
     """Parameters that are copied and bound together. Their data must be dense CPU tensors when the unit is made."""
@@ -70,12 +75,8 @@ class Unit:
         if address == self._bound:
             return
         if address not in self._views:
-            self._views[address] = [
-                memory[place.offset : place.offset + place.num_bytes]
-                .view(place.dtype)
-                .as_strided(place.shape, place.stride)
-                for place in self._places
-            ]
+            with torch.inference_mode(False):  # parameters cannot take tensors that belong to that mode
+                self._views[address] = [place.view(memory) for place in self._places]
         for parameter, view in zip(self.parameters, self._views[address], strict=True):
             parameter.data = view
         self._bound = address
@@ -160,7 +161,8 @@ def find_blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
 
 def take_apart(module: nn.Module, shared: set[int]) -> Parts:
     """Sort the tensors of `module`. `shared`: ids of parameters that other components use too."""
-    blocks, seen_blocks = [], set[int]()
+    blocks: list[tuple[str, nn.Module]] = []
+    seen_blocks: set[int] = set()
     owners: dict[int, int] = {}
     for name, block in find_blocks(module):
         if id(block) not in seen_blocks:
@@ -275,4 +277,5 @@ def _is_dense(data: torch.Tensor) -> bool:
 
 
 def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    stride: tuple[int, ...] = torch.empty(shape, device="meta").stride()
+    return stride
