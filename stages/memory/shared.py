@@ -72,7 +72,7 @@ class SharedFile:
     def _lock(self, deadline: float) -> int:
         """A descriptor with the shared lock of the filled file, or the exclusive lock of one that is to be filled."""
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = self._open()
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(descriptor, self._path):
@@ -92,6 +92,16 @@ class SharedFile:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"another process holds {self._path} and has not filled it in time; end it")
             time.sleep(POLL_SECONDS)
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise NoRoom(f"{self._path} cannot be opened: {error.strerror}") from error
+        if os.fstat(descriptor).st_uid != os.getuid():  # anyone may write into the folder
+            os.close(descriptor)
+            raise NoRoom(f"{self._path} belongs to another user")
+        return descriptor
 
     def _is_marked(self) -> bool:
         mark = os.pread(self._descriptor, _MARK.size, self._mark_at)
