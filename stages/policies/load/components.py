@@ -112,10 +112,10 @@ class Load:
                     blueprint.module.to(blueprint.request.device)
         finally:
             self._files.close()
-        if torch.cuda.is_available():
-            for module, memory in self._memories:
+        for module, memory in self._memories:
+            if torch.cuda.is_available():
                 memory.pin()
-                weakref.finalize(module, memory.close).atexit = False
+            weakref.finalize(module, memory.close).atexit = False
 
     def _place(self, blueprint: Blueprint) -> dict[str, torch.Tensor]:
         """Name -> tensor of each target: mapped files where they are to stay, else fresh memory."""

@@ -10,12 +10,12 @@ import torch
 from tests.stages.diffusion.tiny_parts import flow, kl_vae, random, redraw, two_embeds
 
 
-def qwen() -> Any:
+def qwen(num_layers: int = 2) -> Any:
     transformer = d.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
-        num_layers=2,
+        num_layers=num_layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=16,
@@ -45,12 +45,12 @@ def qwen_inputs(seed: int) -> dict[str, Any]:
     }
 
 
-def flux() -> Any:
+def flux(num_layers: int = 1) -> Any:
     transformer = d.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -101,12 +101,12 @@ def flux2_klein() -> Any:
     )
 
 
-def sd3() -> Any:
+def sd3(num_layers: int = 2) -> Any:
     transformer = d.SD3Transformer2DModel(
         sample_size=32,
         patch_size=1,
         in_channels=4,
-        num_layers=2,
+        num_layers=num_layers,
         attention_head_dim=8,
         num_attention_heads=4,
         caption_projection_dim=32,
@@ -132,13 +132,13 @@ def sd3_inputs(seed: int) -> dict[str, Any]:
     }
 
 
-def z_image() -> Any:
+def z_image(num_layers: int = 1) -> Any:
     transformer = d.ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
         in_channels=4,
         dim=64,
-        n_layers=1,
+        n_layers=num_layers,
         n_refiner_layers=1,
         n_heads=4,
         n_kv_heads=4,

@@ -17,7 +17,7 @@ def wan_vae() -> Any:
     return redraw(vae, spread=0.3)
 
 
-def wan_transformer(channels: int) -> Any:
+def wan_transformer(channels: int, num_layers: int = 2) -> Any:
     return redraw(
         d.WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -28,7 +28,7 @@ def wan_transformer(channels: int) -> Any:
             text_dim=32,
             freq_dim=256,
             ffn_dim=32,
-            num_layers=2,
+            num_layers=num_layers,
             cross_attn_norm=True,
             qk_norm="rms_norm_across_heads",
             rope_max_seq_len=32,
@@ -36,15 +36,15 @@ def wan_transformer(channels: int) -> Any:
     )
 
 
-def wan() -> Any:
+def wan(num_layers: int = 2) -> Any:
     """Wan 2.2: two denoisers, one for the noisy steps and one for the rest."""
     return d.WanPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=wan_vae(),
         scheduler=d.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        transformer=wan_transformer(16),
-        transformer_2=wan_transformer(16),
+        transformer=wan_transformer(16, num_layers),
+        transformer_2=wan_transformer(16, num_layers),
         boundary_ratio=0.875,
     )
 
@@ -244,11 +244,11 @@ LTX2_CALL = {
 }
 
 
-def ltx2() -> Any:
+def ltx2(num_layers: int = 2) -> Any:
     """Video with sound."""
     from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
-    transformer = d.LTX2VideoTransformer3DModel(**LTX2_TRANSFORMER)
+    transformer = d.LTX2VideoTransformer3DModel(**{**LTX2_TRANSFORMER, "num_layers": num_layers})
     connectors = LTX2TextConnectors(**LTX2_CONNECTORS)
     vae = d.AutoencoderKLLTX2Video(**LTX2_VAE)
     audio_vae = d.AutoencoderKLLTX2Audio(**LTX2_AUDIO_VAE)
