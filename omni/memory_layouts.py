@@ -17,7 +17,7 @@ CONTEXT_BYTES = GIB
 """The CUDA context, the libraries' workspaces, and what torch's allocator holds without using it."""
 PROCESS_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB}
 """Host memory of a process that has imported torch and diffusers, and started CUDA."""
-MAX_SEARCHED = 8
+MAX_SEARCHED = 6
 """The largest components, of which all combinations are tried; others stay on the device."""
 
 Mode = Literal["stay", "turn", "stream"]

@@ -35,8 +35,8 @@ def refusal(chooser: Chooser) -> str:
         )
     if chooser.room.host_bytes and host > chooser.room.host_bytes:
         return (
-            f"{asked}with the weights that wait there the process takes {format_bytes(host)} of host memory, and there are "
-            f"{format_bytes(chooser.room.host_bytes)}: say offload.policy: disk"
+            f"{asked}with the weights that wait there the process takes {format_bytes(host)} of host memory, and there "
+            f"are {format_bytes(chooser.room.host_bytes)}: say offload.policy: disk"
         )
     return (
         f"{asked}{format_bytes(chooser.resident or 0)} of resident blocks (offload.resident) are too many beside "

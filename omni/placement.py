@@ -152,7 +152,8 @@ def _place_own(claim: Claim, slots: Sequence[Slot]) -> Share:
         if not pinned:
             ids = ", ".join(str(slot.gpu_id) for slot in slots)
             raise PlanError(f"stage '{claim.stage}': device: cuda:{claim.gpu_id}, but the GPUs there are {ids}")
-        if claim.weight_bytes is None or (claim.gpus or 0) >= 1:
+        is_large = claim.gpus is None and claim.whole_bytes > pinned[0].memory_bytes and pinned[0].is_whole
+        if claim.weight_bytes is None or (claim.gpus or 0) >= 1 or (is_large and claim.least_bytes is not None):
             return _place_whole(claim, 1, pinned, strict=False)
         return _place_part(claim, pinned)
     assert claim.gpus is not None

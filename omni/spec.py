@@ -91,8 +91,8 @@ class OffloadSpec(Spec, frozen=True, kw_only=True):
     vram: Size | None = None
     """GPU memory that the stage may take; left out, what the device has."""
     resident: Size | None = None
-    """Weights of streamed blocks that stay on the GPU; left out, as many as fit (with `layerwise` or `disk` and no `vram`:
-    none, which takes the least memory)."""
+    """Weights of streamed blocks that stay on the GPU; left out, as many as fit, or none where `layerwise` or `disk` is
+    asked for without `vram`."""
     ahead: Annotated[int, Meta(ge=1, le=16)] = 2
     """Blocks fetched before they are needed."""
 

@@ -14,6 +14,7 @@ import pytest
 
 from omni.cli import plan
 from omni.errors import GraphError, PlanError, UsageError
+from omni.memory import ComponentMemory, MemoryPlan
 
 GRAPH = """\
 name: postcard
@@ -105,6 +106,7 @@ def test_json(graph: str, capsys: pytest.CaptureFixture[str]) -> None:
         "reason": "gets the same part of the 192 cores as of the 8 GPUs",
     }
     assert found["stages"][0]["weight_bytes"] is None
+    assert found["stages"][0]["memory"]["components"] == []
     assert found["edges"] == [
         {
             "source": "rewrite",
@@ -122,7 +124,68 @@ def test_documented_keys_are_those_printed(graph: str, capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out)
     text = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
     keys = {*found, *found["processes"][0], *found["stages"][0], *found["edges"][0], *found["hardware"]["nodes"][0]}
+    keys |= {
+        *found["hardware"]["nodes"][0]["gpus"][0],
+        *found["stages"][0]["memory"],
+        *ComponentMemory.__struct_fields__,
+    }
+    keys |= {*found["stages"][0]["memory"]["room"], *found["stages"][0]["memory"]["room"]["links"]}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A graph whose model has 12 GiB in a file of almost nothing but a hole."""
+    tensors = {f"layers.{index}.{name}": 2**29 for index in range(12) for name in ("a.weight", "b.weight")}
+    header, offset = {}, 0
+    for name, size in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    (tmp_path / "llm").mkdir()
+    with (tmp_path / "llm" / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + offset)
+    (tmp_path / "llm" / "config.json").write_text(json.dumps({"hidden_size": 2048, "vocab_size": 1024}))
+    (tmp_path / "large.yaml").write_text("stages: {say: {kind: llm, model: ./llm, sampling: {max_new_tokens: 10}}}\n")
+    monkeypatch.setenv("COLUMNS", "80")
+    return str(tmp_path / "large.yaml")
+
+
+def test_memory_in_eighty_columns(large: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(large, "--hardware", "4090x1", "--set", "stages.say.offload.vram=8GiB") == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    start = lines.index("Memory")
+    assert [line.split() for line in lines[start + 2 : start + 5] if "\u2500" not in line] == [
+        ["component", "weights", "on", "GPU", "copied", "a", "request", "slots", "lives"],
+        ["model", "12.0", "GiB", "3.0", "GiB", "10", "x", "9.0", "GiB", "3.0", "GiB", "host,", "streamed"],
+    ]
+    text = " ".join(" ".join(lines[start + 5 :]).split())
+    assert text.startswith(
+        "say: offload layerwise; peak 6.1 GiB of GPU memory (66.0 MiB of it for activations) and 15.1 GiB of host "
+        "memory; load at least 805.3 ms, from a cold disk 6.4 s; a step at least 386.5 ms. Why: 12.0 GiB of weights"
+    )
+
+
+def test_memory_as_json_and_in_the_drawing(large: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(large, "--hardware", "4090x1", "--json", "--svg", str(tmp_path / "plan.svg"))
+    memory = json.loads(capsys.readouterr().out)["stages"][0]["memory"]
+    assert list(memory) == list(MemoryPlan.__struct_fields__)
+    assert memory["policy"] == "none"
+    assert memory["components"] == [
+        {
+            "name": "model",
+            "weight_bytes": 12 * 2**30,
+            "device_bytes": 12 * 2**30,
+            "streamed_bytes": 0,
+            "slot_bytes": 0,
+            "place": "device",
+            "num_copies": 0,
+        }
+    ]
+    assert memory["room"]["links"]["h2d_bytes_per_second"] == 25e9
+    assert "12.1 GiB GPU<" in (tmp_path / "plan.svg").read_text()
 
 
 def test_set_and_runner(graph: str, capsys: pytest.CaptureFixture[str]) -> None:

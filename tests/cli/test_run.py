@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from omni.cli import interrupt
 from omni.hardware import detect
@@ -76,6 +78,16 @@ def test_the_table_names_stages_hops_and_seed(omni: Omni) -> None:
     expected = ["stage or hop", "rewrite", "rewrite.text -> draw.prompt (local)", "draw", "whole request", "seed 7"]
     assert names == expected
     assert table[1].split()[-2:] == ["64", "B"]
+
+
+def test_memory_is_told_beside_its_prediction(omni: Omni) -> None:
+    os.mkdir("double")
+    save_file({"w": np.zeros(2**20, np.float32)}, "double/model.safetensors")
+    lines = omni("run", "pair.yaml", "--prompt", "x").err.splitlines()
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("memory")) :]
+    assert table[0].split() == ["memory", "GPU", "peak", "planned", "host", "peak", "planned", "load", "planned"]
+    (row,) = [line.split() for line in table if line.startswith("draw")]
+    assert (row[1:3], row[4], row[5:7], row[8]) == (["-", "-"], "MiB", ["516.0", "MiB"], "ms")
 
 
 def test_progress_is_told_in_lines(omni: Omni) -> None:

@@ -97,6 +97,15 @@ def test_events_come_in_order_and_end_once(runner: str, shape: str) -> None:
     assert all(event.bytes > 0 and event.seconds >= 0 for event in events if isinstance(event, HopFinished))
 
 
+def test_peaks_and_load_times_are_told(runner: str) -> None:
+    result = run_graph(runner, CHAIN, lambda omni: omni.generate(prompt="hello", seed=1))
+    for stage in CHAIN:
+        finished, load = result.timings.stages[stage], result.timings.loads[stage]
+        assert finished.peak_host_bytes >= load.peak_host_bytes > 2**20
+        assert finished.peak_device_bytes == load.peak_device_bytes == 0
+        assert (load.state, 0 < load.load_seconds < WAIT_SECONDS) == ("ready", True)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_runners_give_the_same(shape: str, ray_cluster: object) -> None:
     texts = [
