@@ -32,6 +32,7 @@ from stages.diffusion.checkpoint import (
 from stages.diffusion.denoiser import Seam, find_denoisers
 from stages.diffusion.faults import setup_faults
 from stages.diffusion.signature import Signature, signature_of
+from stages.policies.offload.apply import Offload, apply_offload
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -43,6 +44,8 @@ class Built(msgspec.Struct, frozen=True):
     seams: tuple[Seam, ...]
     device: str
     dtype: torch.dtype
+    offload: Offload | None = None
+    """The policy that moves its weights; None when all are on `device`."""
 
 
 def build_pipeline(context: StageContext, report: Report) -> Built:
@@ -67,8 +70,10 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         # 3. The components one by one, then the pipeline around them
         loaded = dict(_load_components(context, pipeline_class, folder, sizes, dtype, report))
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **loaded)
-        # 4. Onto the device, ready for inference
-        pipeline.to(device)
+        # 4. Onto the device, as a whole or as the plan's offload policy says; ready for inference
+        offload = _offload(pipeline, context)
+        if offload is None:
+            pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -81,7 +86,7 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
     seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
     total = sum(sizes.values())
     report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
-    return Built(pipeline, signature, seams, device, dtype)
+    return Built(pipeline, signature, seams, device, dtype, offload)
 
 
 def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
@@ -89,6 +94,16 @@ def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
     dtype = getattr(torch, auto_dtype(device) if spec.dtype == "auto" else spec.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _offload(pipeline: Any, context: StageContext) -> Offload | None:
+    spec, memory = context.spec, context.memory
+    assert isinstance(spec, DiffusionSpec)
+    if memory is None or memory.policy == "none":
+        return None
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    order = (pipeline.model_cpu_offload_seq or "").split("->")
+    return apply_offload(modules, memory, context.device, spec.offload, order=order)
 
 
 def _folder(spec: DiffusionSpec, context: StageContext) -> Path:

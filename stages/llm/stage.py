@@ -25,6 +25,7 @@ from stages.device import use_device
 from stages.llm.prompt import build_messages
 from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
+from stages.policies.offload.apply import Offload, apply_offload
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class LlmStage(Stage):
         self._keys = itertools.count()
         self._one_by_one: OneByOne | None = None
         self._batch: ContinuousBatch | None = None
+        self._offload: Offload | None = None
 
     async def setup(self, report: Report) -> None:
         self._model, self._tokenizer = await asyncio.to_thread(self._load, report)
@@ -102,6 +104,8 @@ class LlmStage(Stage):
             if source is not None:
                 await asyncio.to_thread(source.stop)
         self._batch = self._one_by_one = None
+        if self._offload is not None:
+            await asyncio.to_thread(self._offload.reset)
         self._model = self._tokenizer = None
         if self.context.device != "cpu":
             gc.collect()
@@ -122,9 +126,16 @@ class LlmStage(Stage):
         options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            moves = context.memory is not None and context.memory.policy != "none"
             loaded = AutoModelForCausalLM.from_pretrained(
-                model, use_safetensors=True, dtype=dtype, device_map={"": context.device}, **options
+                model,
+                use_safetensors=True,
+                dtype=dtype,
+                device_map={"": "cpu" if moves else context.device},
+                **options,
             )
+            if context.memory is not None and moves:
+                self._offload = apply_offload({"model": loaded}, context.memory, context.device, spec.offload)
         except LOAD_FAULTS as error:
             raise StageSetupError(
                 context.name,
