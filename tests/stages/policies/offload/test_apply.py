@@ -1,170 +1,26 @@
-"""Policies on single modules: odd ways to enter them, tied and shared weights, buffers, adapters, failures, threads."""
+"""Putting a policy on and taking it off: shares, tied weights, buffers, masters, adapters, lack of room."""
 
 from __future__ import annotations
 
-import inspect
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from omni.errors import UsageError
 from omni.memory import ComponentMemory, MemoryPlan
 from omni.spec import OffloadSpec
 from stages.memory import limits
-from stages.memory.engine import HostEngine
+from stages.memory.engine import HostEngine, Ready
 from stages.memory.host import CHECK_BYTES
 from stages.memory.limits import Room
-from stages.policies.offload.apply import Offload, apply_offload
-
-POLICIES = ("component", "layerwise", "disk")
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.register_buffer("scale", torch.tensor(1.5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.linear(x)) * self.scale
-
-
-class Denoiser(nn.Module):
-    def __init__(self, num_layers: int = 6, width: int = 8) -> None:
-        super().__init__()
-        self.embed = nn.Linear(width, width)
-        self.blocks = nn.ModuleList([Block(width) for _ in range(num_layers)])
-        self.table = nn.Parameter(torch.randn(width))
-        self.register_buffer("calls", torch.zeros(()), persistent=False)
-
-    def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
-        self.calls += 1
-        x = self.embed(x) + self.table
-        for block in self.blocks[:1] if skip else self.blocks:
-            x = block(x)
-        return x
-
-
-class Vae(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-        self.bias = nn.Parameter(torch.randn(8))
-        self.bn = nn.BatchNorm1d(8)
-
-    @property
-    def decoded(self) -> int:
-        return 1
-
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.decoder(x) + self.bias
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return x - self.bias
-
-
-def put(modules: dict[str, nn.Module], policy: str, spec: dict[str, Any] | None = None, **plan: Any) -> Offload:
-    order = plan.pop("order", ())
-    memory = MemoryPlan(policy=policy, **plan)
-    return apply_offload(modules, memory, "cpu", OffloadSpec(policy=policy, **(spec or {})), HostEngine(), order)
-
-
-def same(run: Callable[[], torch.Tensor], components: dict[str, nn.Module], policy: str, **plan: Any) -> Offload:
-    """Check that `run` gives the same with the policy as without, before, during and after; returns the policy."""
-    with torch.no_grad():
-        expected = run()
-        offload = put(components, policy, **plan)
-        for _ in range(2):
-            assert torch.equal(run(), expected)
-        assert offload.counters.num_copies_out == 0
-        offload.reset()
-        assert torch.equal(run(), expected)
-    assert offload.device_bytes == 0
-    return offload
-
+from stages.policies.offload.apply import apply_offload
+from stages.policies.offload.units import pack
+from tests.stages.memory.conftest import Driver
+from tests.stages.policies.offload.small import POLICIES, Denoiser, Vae, X, put, same
 
 X = torch.arange(16.0).view(2, 8) / 16
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_methods_and_modules_called_directly_find_their_weights(policy: str) -> None:
-    vae, denoiser = Vae().eval(), Denoiser().eval()
-
-    def run() -> torch.Tensor:
-        x = vae.encode(X)
-        x = denoiser.embed(x) + denoiser.blocks[3](x)
-        return vae.decoder(x) + vae.decode(x) + vae.bn.running_mean
-
-    offload = same(run, {"vae": vae, "transformer": denoiser}, policy)
-    assert offload.policy == policy
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_text_encoder_with_tied_weights_generates(policy: str) -> None:
-    config = transformers.Qwen2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    ids = torch.tensor([[1, 2, 3, 4]])
-
-    def run() -> torch.Tensor:
-        tokens = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
-        hidden = model.model(tokens).last_hidden_state
-        return torch.cat([tokens.flatten().float(), hidden.flatten(), model.lm_head(hidden).flatten()])
-
-    same(run, {"model": model}, policy)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_an_encoder_with_shared_embeddings_and_parts_called_alone(policy: str) -> None:
-    config = transformers.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=4, num_heads=2)
-    model = transformers.T5EncoderModel(config).eval()
-    ids = torch.tensor([[1, 2, 3, 4]])
-
-    def run() -> torch.Tensor:
-        assert model.dtype == torch.float32
-        assert model.device.type == "cpu"
-        states = model(ids).last_hidden_state + model.encoder(ids).last_hidden_state
-        return states + model.get_input_embeddings()(ids)
-
-    same(run, {"text_encoder": model}, policy)
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_unet_whose_blocks_do_not_come_in_order(policy: str) -> None:
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        norm_num_groups=2,
-        attention_head_dim=2,
-    ).eval()
-    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 8)
-    same(lambda: unet(sample, 3, states).sample, {"unet": unet}, policy, spec={"ahead": 1})
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_skipped_blocks(policy: str) -> None:
-    denoiser = Denoiser().eval()
-    same(lambda: denoiser(X, skip=True) + denoiser(X) + denoiser(X, skip=True), {"transformer": denoiser}, policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -191,23 +47,6 @@ def test_what_is_written_to_buffers_is_kept(policy: str) -> None:
     assert float(denoiser.calls) == 4
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_pipelines_read_signatures_dtypes_and_devices(policy: str) -> None:
-    denoiser = Denoiser().to(torch.bfloat16).eval()
-    before = inspect.signature(denoiser.forward)
-    offload = put({"transformer": denoiser}, policy)
-    assert inspect.signature(denoiser.forward) == before
-    assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.bfloat16}
-    assert denoiser.to("cpu") is denoiser
-    assert denoiser.to(torch.bfloat16) is denoiser
-    with pytest.raises(UsageError, match=r"transformer cannot be converted to torch.float32 .*offload.policy: none"):
-        denoiser.to(torch.float32)
-    offload.reset()
-    assert "forward" not in vars(denoiser)
-    assert "_apply" not in vars(denoiser)
-    assert denoiser.float().table.dtype == torch.float32
-
-
 def test_none_does_nothing() -> None:
     denoiser = Denoiser()
     before = [parameter.data_ptr() for parameter in denoiser.parameters()]
@@ -215,78 +54,6 @@ def test_none_does_nothing() -> None:
     assert [parameter.data_ptr() for parameter in denoiser.parameters()] == before
     assert "forward" not in vars(denoiser)
     assert offload.device_bytes == offload.counters.num_copies_in == 0
-    offload.reset()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_next_request_works_after_a_failed_one(policy: str) -> None:
-    denoiser, other = Denoiser().eval(), Denoiser().eval()
-    with torch.no_grad():
-        expected = denoiser(X) + other(X)
-        offload = put({"a": denoiser, "b": other}, policy)
-        for wrong in (torch.zeros(2, 3), torch.zeros(2, 8, dtype=torch.int64)):
-            with pytest.raises(RuntimeError):
-                denoiser(wrong)
-        broken = denoiser.blocks[3].register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            denoiser(X)
-        broken.remove()
-        assert torch.equal(denoiser(X) + other(X), expected)
-        offload.reset()
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_many_threads(policy: str) -> None:
-    components: dict[str, nn.Module] = {name: Denoiser().eval() for name in "abc"}
-    barrier = threading.Barrier(4)
-
-    def work(number: int) -> torch.Tensor:
-        barrier.wait(timeout=60)
-        x = X + number
-        with torch.no_grad():
-            for step in range(12):
-                x = components["abc"[(step + number) % 3]](x)
-        return x
-
-    with ThreadPoolExecutor(4) as pool:
-        expected = list(pool.map(work, range(4)))
-        offload = put(components, policy)
-        for drawn, value in zip(pool.map(work, range(4)), expected, strict=True):
-            assert torch.equal(drawn, value)
-        offload.reset()
-
-
-def test_a_component_inside_a_call_of_another_needs_room_beside_it() -> None:
-    outer, inner = Denoiser().eval(), Denoiser().eval()
-    outer.embed.register_forward_hook(lambda module, arguments, output: inner(output))
-    offload = put({"outer": outer, "inner": inner}, "component")
-    with torch.no_grad():
-        with pytest.raises(RuntimeError, match=r"'inner' is called from within outer .*offload.policy: layerwise"):
-            outer(X)
-        offload.set_resident(1 << 20)
-        outer(X)
-    offload.reset()
-
-
-def test_the_next_component_is_fetched_while_one_computes() -> None:
-    components: dict[str, nn.Module] = {name: Denoiser().eval() for name in "abc"}
-    size = 4096
-    offload = put(components, "component", budget_bytes=2 * size, order=("b", "c", "a"))
-    turns = offload._turns
-    assert turns is not None
-    inside: list[list[str]] = []
-    for module in components.values():
-        module.embed.register_forward_hook(
-            lambda *_: inside.append(sorted(seat.name for seat in turns.seats if seat.begin is not None))
-        )
-    with torch.no_grad():
-        for name in "bcabca":
-            components[name](X)
-        assert inside == [["b", "c"], ["a", "c"], ["a", "b"]] * 2
-        inside.clear()
-        for name in "bacbac":  # another order, learnt in its first round
-            components[name](X)
-        assert inside[3:] == [["a", "b"], ["a", "c"], ["b", "c"]]
     offload.reset()
 
 
@@ -385,3 +152,62 @@ def test_a_host_without_room_is_one_clear_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(limits, "host_room", lambda: Room(1 << 20, "a small machine"))
     with pytest.raises(UsageError, match=r"64.0 MiB .* 1.0 MiB .*a small machine"):
         put({"a": Wide()}, "component")
+
+
+class Pinning(HostEngine):
+    """Wants pinned memory, as a GPU does."""
+
+    pins = True
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Any = (), *, staged: bool = False) -> Ready:
+        self.pins = False
+        try:
+            return super().copy_in(target, source, after, staged=staged)
+        finally:
+            self.pins = True
+
+
+@pytest.mark.parametrize("policy", ["component", "layerwise"])
+def test_masters_that_the_loader_laid_out_are_pinned_where_they_are(policy: str, driver: Driver) -> None:
+    denoiser = Denoiser().eval()
+    groups = [list(denoiser.embed.parameters()), [denoiser.table], *(list(b.parameters()) for b in denoiser.blocks)]
+    region = pack(groups)
+    masters = [parameter.data_ptr() for parameter in denoiser.parameters()]
+    engine, memory = Pinning(), MemoryPlan(policy=policy)
+    with torch.no_grad():
+        expected = denoiser(X)
+        offload = apply_offload({"transformer": denoiser}, memory, "cpu", OffloadSpec(ahead=1), engine)
+        assert region.is_pinned
+        assert offload.host_bytes == region.num_bytes
+        before = engine.counters.num_copies_in
+        for _ in range(3):
+            assert torch.equal(denoiser(X), expected)
+        copies = engine.counters.num_copies_in - before
+        assert copies == (3 * 6 + 1 if policy == "layerwise" else 0), "one for each block and round, in one piece"
+        offload.reset()
+    assert driver.registered == {}
+    assert [parameter.data_ptr() for parameter in denoiser.parameters()] == masters
+
+
+def test_masters_elsewhere_are_packed_into_pinned_memory_once(driver: Driver) -> None:
+    denoiser = Denoiser().eval()
+    engine = Pinning()
+    offload = apply_offload(
+        {"transformer": denoiser}, MemoryPlan(policy="layerwise"), "cpu", OffloadSpec(ahead=1), engine
+    )
+    pinned = dict(driver.registered)
+    assert sum(pinned.values()) == offload.host_bytes > 0
+    offload.refresh()
+    assert driver.registered == pinned
+    offload.reset()
+    assert driver.registered == {}
+
+
+def test_from_disk_nothing_is_pinned_or_packed(driver: Driver) -> None:
+    denoiser = Denoiser().eval()
+    masters = [parameter.data_ptr() for parameter in denoiser.parameters()]
+    offload = apply_offload({"t": denoiser}, MemoryPlan(policy="disk"), "cpu", OffloadSpec(ahead=1), Pinning())
+    assert offload.host_bytes == 0
+    assert driver.registered == {}
+    offload.reset()
+    assert [parameter.data_ptr() for parameter in denoiser.parameters()] == masters
