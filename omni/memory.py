@@ -90,3 +90,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     room: Room = Room()
     """What it was planned for."""
     reason: str = ""
+
+    def moves(self, component: str) -> bool:
+        """Whether some weights of a component come to the device only when they are needed."""
+        planned = next((part for part in self.components if part.name == component), None)
+        if planned is None:
+            return self.policy != "none"
+        return planned.device_bytes < planned.weight_bytes

@@ -50,6 +50,13 @@ def plan_memory(
     return _build_plan(parts, layout, chooser, load)
 
 
+def settle(memory: MemoryPlan | None, spec: StageSpec, facts: CheckpointFacts) -> MemoryPlan | None:
+    """The plan as a stage carries it out: made anew when the checkpoint was not here yet. Raises PlanError."""
+    if memory is None or memory.components or not facts.known:
+        return memory
+    return plan_memory(spec, facts, memory.room)
+
+
 def memory_needs(spec: StageSpec, facts: CheckpointFacts, room: Room) -> tuple[int, int] | None:
     """Device memory that a stage takes when it has all it wants, and with the least that it can work with.
 

@@ -12,8 +12,9 @@ import msgspec
 import torch
 import transformers
 
-from omni.checkpoint import auto_dtype, read_facts
+from omni.checkpoint import UNKNOWN, auto_dtype, read_facts
 from omni.errors import Mistake, StageSetupError
+from omni.memory_planner import settle
 from omni.messages import LoadProgress
 from omni.registry import CheckpointRef
 from omni.spec import DiffusionSpec
@@ -32,6 +33,7 @@ from stages.diffusion.denoiser import Seam, find_denoisers
 from stages.diffusion.faults import setup_faults
 from stages.diffusion.signature import Signature, signature_of
 from stages.policies.load import ComponentRequest, load_components
+from stages.policies.offload.apply import Offload, apply_offload
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -43,6 +45,8 @@ class Built(msgspec.Struct, frozen=True):
     seams: tuple[Seam, ...]
     device: str
     dtype: torch.dtype
+    offload: Offload | None = None
+    """The policy that moves its weights; None when all are on `device`."""
 
 
 def build_pipeline(context: StageContext, report: Report) -> Built:
@@ -63,12 +67,16 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         pipeline_class = _pipeline_class(spec, folder)
         dtype = choose_dtype(spec, device)
         known = pipeline_class is not diffusers.DiffusionPipeline
-        sizes = read_facts(CheckpointRef(str(folder), variant=spec.variant), "").components if known else {}
+        facts = read_facts(CheckpointRef(str(folder), variant=spec.variant), "") if known else UNKNOWN
+        context = msgspec.structs.replace(context, memory=settle(context.memory, spec, facts))
+        sizes = facts.components
         # 3. The components, all at once, then the pipeline around them
         loaded = _load_components(context, pipeline_class, folder, sizes, dtype, report)
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **loaded)
-        # 4. Onto the device, ready for inference
-        pipeline.to(device)
+        # 4. Onto the device, as a whole or as the plan's offload policy says; ready for inference
+        offload = _offload(pipeline, context)
+        if offload is None:
+            pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
@@ -81,7 +89,7 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
     seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
     total = sum(sizes.values())
     report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
-    return Built(pipeline, signature, seams, device, dtype)
+    return Built(pipeline, signature, seams, device, dtype, offload)
 
 
 def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
@@ -89,6 +97,20 @@ def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
     dtype = getattr(torch, auto_dtype(device) if spec.dtype == "auto" else spec.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _offload(pipeline: Any, context: StageContext) -> Offload | None:
+    spec, memory = context.spec, context.memory
+    assert isinstance(spec, DiffusionSpec)
+    if memory is None or memory.policy == "none":
+        return None
+    modules = {
+        name: part
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module) and any(tensor.device.type == "cpu" for tensor in part.parameters())
+    }
+    order = (pipeline.model_cpu_offload_seq or "").split("->")
+    return apply_offload(modules, memory, context.device, spec.offload, order=order)
 
 
 def _folder(spec: DiffusionSpec, context: StageContext) -> Path:
@@ -150,7 +172,8 @@ def _load_components(
 
     for request in requests:
         progress(request.name, 0, 0)
-    return {**absent, **load_components(requests, spec.load, progress)}
+    from_disk = context.memory is not None and context.memory.policy == "disk"
+    return {**absent, **load_components(requests, spec.load, progress, from_disk=from_disk)}
 
 
 def _model_class(library: str, class_name: str) -> Any:
@@ -172,5 +195,6 @@ def _request(context: StageContext, name: str, model_class: Any, folder: Path, d
         library="diffusers" if issubclass(model_class, diffusers.ModelMixin) else "transformers",
         dtype=dtype,
         variant=variant if has_variant(folder, variant) else None,
+        target="host" if context.memory is not None and context.memory.moves(name) else "device",
         device=context.device,
     )

@@ -58,6 +58,8 @@ class DiffusionStage(ThreadedStage):
         if self.built is not None:
             for seam in self.built.seams:
                 seam.remove()
+            if self.built.offload is not None:
+                self.built.offload.reset()
         self.built = None
         if self.context.device.startswith("cuda"):
             torch.cuda.empty_cache()

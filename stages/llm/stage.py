@@ -27,6 +27,7 @@ from stages.llm.prompt import build_messages
 from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
 from stages.policies.load import ComponentRequest, load_components
+from stages.policies.offload.apply import Offload, apply_offload
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class LlmStage(Stage):
         self._keys = itertools.count()
         self._one_by_one: OneByOne | None = None
         self._batch: ContinuousBatch | None = None
+        self._offload: Offload | None = None
 
     async def setup(self, report: Report) -> None:
         self._model, self._tokenizer = await asyncio.to_thread(self._load, report)
@@ -108,6 +110,8 @@ class LlmStage(Stage):
             if source is not None:
                 await asyncio.to_thread(source.stop)
         self._batch = self._one_by_one = None
+        if self._offload is not None:
+            await asyncio.to_thread(self._offload.reset)
         self._model = self._tokenizer = None
         if self.context.device != "cpu":
             gc.collect()
@@ -132,6 +136,8 @@ class LlmStage(Stage):
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **options)
             loaded = self._load_model(model, options, progress)
+            if context.memory is not None and context.memory.policy != "none":
+                self._offload = apply_offload({COMPONENT: loaded}, context.memory, context.device, spec.offload)
         except UsageError as error:
             raise StageSetupError(context.name, str(error)) from error
         except LOAD_FAULTS as error:
@@ -149,12 +155,13 @@ class LlmStage(Stage):
 
     def _load_model(self, model: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:
         """The model; a hub id that is not on this machine yet is fetched and loaded by transformers itself."""
-        spec, device = self._spec, self.context.device
+        spec, device, memory = self._spec, self.context.device, self.context.memory
         dtype = auto_dtype(device) if spec.dtype == "auto" else spec.dtype
+        moves = memory is not None and memory.moves(COMPONENT)
         folder = find_checkpoint(CheckpointRef(spec.model, spec.revision), self.context.base_dir)
         if folder is None or not spec.load.enabled:
             return AutoModelForCausalLM.from_pretrained(
-                model, use_safetensors=True, dtype=dtype, device_map={"": device}, **options
+                model, use_safetensors=True, dtype=dtype, device_map={"": "cpu" if moves else device}, **options
             )
         request = ComponentRequest(
             name=COMPONENT,
@@ -162,10 +169,11 @@ class LlmStage(Stage):
             folder=folder,
             library="transformers",
             dtype=getattr(torch, dtype),
+            target="host" if moves else "device",
             device=device,
             options=options,
         )
-        return load_components([request], spec.load, progress)[COMPONENT]
+        return load_components([request], spec.load, progress, from_disk=moves and memory.policy == "disk")[COMPONENT]
 
     def _set_defaults(self) -> frozenset[int]:
         """Leave nothing but the special tokens of the model's own generation settings; returns those that end it."""

@@ -77,7 +77,8 @@ class CopyEngine(ABC):
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Device memory, uint8, without contents. Raises torch.OutOfMemoryError."""
-        memory = self._allocate(num_bytes)
+        with torch.inference_mode(False):  # tensors of that mode could not be written outside of it
+            memory = self._allocate(num_bytes)
         with self._lock:
             self.device_bytes += num_bytes
         return memory
@@ -129,8 +130,9 @@ class CopyEngine(ABC):
     def stale(self, dtype: torch.dtype) -> torch.Tensor:
         """One device element that stands in for weights that are elsewhere: NaN, where the dtype has one."""
         if dtype not in self._stale:
-            element = torch.full((dtype.itemsize,), STALE_BYTE, dtype=torch.uint8, device=self.device)
-            self._stale[dtype] = element.view(dtype)
+            with torch.inference_mode(False):
+                element = torch.full((dtype.itemsize,), STALE_BYTE, dtype=torch.uint8, device=self.device)
+                self._stale[dtype] = element.view(dtype)
         return self._stale[dtype]
 
     def peak_activation_bytes(self) -> int:

@@ -63,12 +63,13 @@ class HostMemory:
                 region.madvise(mmap.MADV_HUGEPAGE)
         else:
             region = self._file.map
-        self.bytes = (
-            torch.frombuffer(region, dtype=torch.uint8, count=num_bytes)
-            if num_bytes
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        """All of it, as uint8."""
+        with torch.inference_mode(False):  # tensors of that mode could not be written outside of it
+            self.bytes = (
+                torch.frombuffer(region, dtype=torch.uint8, count=num_bytes)
+                if num_bytes
+                else torch.empty(0, dtype=torch.uint8)
+            )
+            """All of it, as uint8."""
         with _lock:
             if num_bytes:
                 _open[self.bytes.data_ptr()] = self

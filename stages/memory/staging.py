@@ -32,9 +32,9 @@ class StagingRing:
         self._issue = issue
         self._finish = finish
         self._memory = HostMemory(PIECE_BYTES * NUM_BUFFERS, pin=pin)
-        self._free: deque[tuple[torch.Tensor, Any]] = deque(
-            (buffer, None) for buffer in self._memory.bytes.split(PIECE_BYTES)
-        )
+        with torch.inference_mode(False):
+            buffers = self._memory.bytes.split(PIECE_BYTES)
+        self._free: deque[tuple[torch.Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="staging-read")
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="staging-send")
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import torch
 
 from omni.sizes import parse_bytes
@@ -36,16 +37,19 @@ _one_at_a_time = threading.Lock()
 
 
 def load_components(
-    requests: Sequence[ComponentRequest], spec: LoadSpec, progress: Progress
+    requests: Sequence[ComponentRequest], spec: LoadSpec, progress: Progress, *, from_disk: bool = False
 ) -> dict[str, torch.nn.Module]:
     """Load all components at once, through one pool of reader threads; name -> module in evaluation mode.
 
     With `spec.enabled` false, and where a component needs it, one after another by the library itself.
 
-    With target `host` the tensors of a module lie in one region of host memory, in the order of the module, or in the
-    mapped files with `reader: mmap`. `progress(component, done_bytes, total_bytes)` is called by this thread.
-    Raises UsageError with file and tensor; wrong keys, shapes and files are found before any memory is taken.
+    With target `host` the tensors of a module lie in one region of host memory, in the order of the module; in the
+    mapped files with `reader: mmap`, or with `from_disk`, which overrides the reader.
+    `progress(component, done_bytes, total_bytes)` is called by this thread. Raises UsageError with file and tensor;
+    wrong keys, shapes and files are found before any memory is taken.
     """
+    if from_disk:
+        spec = msgspec.structs.replace(spec, reader="mmap")
     modules: dict[str, torch.nn.Module] = {}
     blueprints: list[Blueprint] = []
     for request in requests:

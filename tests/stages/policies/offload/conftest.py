@@ -18,6 +18,9 @@ from stages.diffusion.denoiser import DenoiseRun
 from stages.memory.engine import CopyEngine, HostEngine
 from stages.policies.offload.apply import Offload, apply_offload
 from tests.stages.diffusion import tiny, tiny_images, tiny_media
+from tests.stages.memory.conftest import driver
+
+__all__ = ["driver"]
 
 NUM_LAYERS = 5
 BUILDERS: dict[str, Callable[[int], Any]] = {
