@@ -59,16 +59,27 @@ _T = TypeVar("_T")
 UNKNOWN = CheckpointFacts({}, known=False)
 
 
-class _Tensor(msgspec.Struct):
+class HeaderTensor(msgspec.Struct, frozen=True):
+    """One tensor in a safetensors header; its bytes lie in [start, end) of the file's data."""
+
     dtype: str
+    shape: tuple[int, ...]
     data_offsets: tuple[int, int]
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The head of a safetensors file."""
+
+    data_start: int
+    """Where the data begins in the file, in bytes."""
+    tensors: dict[str, HeaderTensor]
 
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-class _Missing(Exception):
+class MissingFile(Exception):
     """A file that the checkpoint names is not there."""
 
 
@@ -95,7 +106,7 @@ def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
     if os.path.isdir(resolved):
         try:
             return _read_folder(Path(resolved), ref.variant)
-        except _Missing as error:
+        except MissingFile as error:
             raise UsageError(f"{error}: the checkpoint is incomplete, fetch it again") from error
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", ref.model):
         raise UsageError(f"model '{ref.model}': no such folder in {os.path.abspath(base_dir)}, and no hub id either")
@@ -104,7 +115,7 @@ def read_facts(ref: CheckpointRef, base_dir: str) -> CheckpointFacts:
         return UNKNOWN
     try:
         return _read_folder(snapshot, ref.variant)
-    except _Missing:  # a download that was cut short
+    except MissingFile:  # a download that was cut short
         return UNKNOWN
 
 
@@ -120,7 +131,7 @@ def find_checkpoint(ref: CheckpointRef, base_dir: str) -> Path | None:
     try:
         if snapshot is not None:
             _read_folder(snapshot, ref.variant)
-    except _Missing:
+    except MissingFile:
         return None
     except UsageError:  # all there, but of no use; whoever loads it says why
         pass
@@ -141,15 +152,16 @@ def _read_folder(folder: Path, variant: str | None) -> CheckpointFacts:
     dtypes: dict[str, int] = {}
     for name, place in folders.items():
         if not place.is_dir():
-            raise _Missing(f"{place}: {index.name} names this folder, but it is not there")
-        for file in _weight_files(place, variant):
-            for dtype, size in _read_header(file).items():
+            raise MissingFile(f"{place}: {index.name} names this folder, but it is not there")
+        for file in weight_files(place, variant):
+            for tensor in read_header(file).tensors.values():
+                size = tensor.data_offsets[1] - tensor.data_offsets[0]
                 components[name] = components.get(name, 0) + size
-                dtypes[dtype] = dtypes.get(dtype, 0) + size
+                dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + size
         if name in models and name not in components and (place / "config.json").is_file():
-            raise _Missing(f"{place}: holds a config.json, but no safetensors weights")
+            raise MissingFile(f"{place}: holds a config.json, but no safetensors weights")
     if not components:
-        raise _Missing(f"{folder}: holds no safetensors weights")
+        raise MissingFile(f"{folder}: holds no safetensors weights")
     return CheckpointFacts(components, dtypes)
 
 
@@ -166,7 +178,7 @@ def _is_model(library: str, name: str) -> bool:
     return library in ("diffusers", "transformers") and not re.search("Token|Processor|Extractor|Scheduler", name)
 
 
-def _weight_files(folder: Path, variant: str | None) -> Iterator[Path]:
+def weight_files(folder: Path, variant: str | None) -> Iterator[Path]:
     """The files that hold a model's weights; none for a tokenizer or a noise scheduler."""
     for chosen in dict.fromkeys((variant, None)):  # parts that lack the variant fall back to the plain files
         middle = f".{chosen}" if chosen else ""
@@ -195,32 +207,35 @@ def _shards(index: Path) -> list[Path]:
         if file.parent != index.parent or file.name == "..":
             raise UsageError(f"{index}: names a file outside its folder: {file}")
         if not file.is_file():
-            raise _Missing(f"{file}: {index.name} names this file, but it is not there")
+            raise MissingFile(f"{file}: {index.name} names this file, but it is not there")
     return files
 
 
-def _read_header(file: Path) -> dict[str, int]:
-    """dtype -> bytes of one safetensors file: 8 bytes of length, then that much JSON, then the data."""
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise UsageError(f"{file}: not a safetensors file, or cut short ({format_bytes(size)}): fetch it again")
-        text = stream.read(length)
+def read_header(file: Path) -> Header:
+    """What one safetensors file holds: 8 bytes of length, then that much JSON, then the data. Raises UsageError."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise UsageError(f"{file}: not a safetensors file, or cut short ({format_bytes(size)}): fetch it again")
+            text = stream.read(length)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
     try:
         entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        tensors = [msgspec.json.decode(raw, type=_Tensor) for name, raw in entries.items() if name != "__metadata__"]
+        entries.pop("__metadata__", None)
+        tensors = {name: msgspec.json.decode(raw, type=HeaderTensor) for name, raw in entries.items()}
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: its safetensors header is broken ({error}): fetch it again") from error
-    dtypes: dict[str, int] = {}
-    for tensor in tensors:
+    for name, tensor in tensors.items():
         start, end = tensor.data_offsets
         if not 0 <= start <= end <= size - 8 - length:
             raise UsageError(
-                f"{file}: cut short, its header promises {format_bytes(max(end, 0))} of data: fetch it again"
+                f"{file}: cut short, its header promises {format_bytes(max(end, 0))} of data for tensor '{name}', and "
+                f"{format_bytes(size - 8 - length)} are there: fetch it again"
             )
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + end - start
-    return dtypes
+    return Header(8 + length, tensors)
 
 
 def _decode(file: Path, kind: type[_T]) -> _T:

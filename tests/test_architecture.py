@@ -15,10 +15,10 @@ LAYERS = (
     ("omni.cli",),
     ("omni.bench",),
     ("omni.models",),
-    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe"),
+    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe", "omni.load_flags"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
-    ("stages.policies", "stages.device"),
+    ("stages.policies", "stages.policies.load", "stages.device"),
     ("stages.memory",),
     ("omni.transport",),
     (

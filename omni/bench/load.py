@@ -1,7 +1,7 @@
 """Weights from files to where they are used, through Omni, diffusers and plain reads, in turns of fresh processes.
 
-MODEL is the folder of a model, or of a pipeline, whose components Omni loads at once. Files are in the page cache (warm)
-or dropped from it (cold); imports do not count. On a CPU the weights stay mapped or are filled into memory of
+MODEL is the folder of a model, or of a pipeline, whose components Omni loads at once. Its files are in the page cache
+(warm) or dropped from it (cold); imports do not count. On a CPU the weights stay mapped or are filled into memory of
 their own, and a load counts until every page has been touched; with a GPU they end there.
 """
 

@@ -15,6 +15,8 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from omni.load_flags import add_load_flags, with_load_flags
+
 if TYPE_CHECKING:
     from omni.api import Omni
     from omni.bench.report import Report, Target
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", metavar="N", type=int, default=20, help="measured runs of each side (default: 20)")
     parser.add_argument("--warmup", metavar="N", type=int, default=3, help="runs that do not count (default: 3)")
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="change the graph")
+    add_load_flags(parser)
 
 
 def measure(args: argparse.Namespace) -> Report:
@@ -47,7 +50,7 @@ def measure(args: argparse.Namespace) -> Report:
 
     if args.repeat < 1 or args.warmup < 0:
         raise UsageError("--repeat must be at least 1 and --warmup at least 0")
-    omni = Omni(args.graph, overrides=args.set, runner="inline")
+    omni = Omni(args.graph, overrides=with_load_flags(args, args.graph), runner="inline")
     spec = _single_stage(omni)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in SIDES}

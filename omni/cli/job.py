@@ -16,6 +16,7 @@ from omni.api import AsyncOmni
 from omni.cli.outputs import OutputPlan, plan_outputs
 from omni.errors import UsageError
 from omni.inputs import MAX_SEED, is_media, parse_field
+from omni.load_flags import with_load_flags
 from omni.messages import LoadProgress, Request
 from omni.recipe import (
     Recipe,
@@ -57,10 +58,11 @@ def prepare(args: argparse.Namespace, report: Callable[[LoadProgress], None]) ->
     if args.n < 1:
         raise UsageError(f"--n {args.n}: must be at least 1")
     recipe = _read_recipe(args.graph, args.trust)
+    graph, base_dir = (recipe.graph, os.path.dirname(recipe.graph_path)) if recipe else (args.graph, None)
     omni = AsyncOmni(
-        recipe.graph if recipe else args.graph,
-        overrides=args.set,
-        base_dir=os.path.dirname(recipe.graph_path) if recipe else None,
+        graph,
+        overrides=with_load_flags(args, graph, base_dir),
+        base_dir=base_dir,
         runner=args.runner,
         address=args.address,
         hardware=args.hardware,

@@ -10,6 +10,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from omni.load_flags import add_load_flags
+
 if TYPE_CHECKING:
     from omni.cli.execution import Outcome
 
@@ -55,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--runner", choices=RUNNERS, default="auto", help="override the planner's choice")
     how.add_argument("--hardware", metavar="NAME", help="plan for a preset or inventory file instead of this machine")
     how.add_argument("--address", metavar="ADDRESS", help="an existing Ray cluster (or set RAY_ADDRESS)")
+    add_load_flags(how)
 
 
 def command(args: argparse.Namespace) -> int:

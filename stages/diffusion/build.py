@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from stages.diffusion.checkpoint import (
 from stages.diffusion.denoiser import Seam, find_denoisers
 from stages.diffusion.faults import setup_faults
 from stages.diffusion.signature import Signature, signature_of
+from stages.policies.load import ComponentRequest, load_components
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -64,8 +64,8 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         dtype = choose_dtype(spec, device)
         known = pipeline_class is not diffusers.DiffusionPipeline
         sizes = read_facts(CheckpointRef(str(folder), variant=spec.variant), "").components if known else {}
-        # 3. The components one by one, then the pipeline around them
-        loaded = dict(_load_components(context, pipeline_class, folder, sizes, dtype, report))
+        # 3. The components, all at once, then the pipeline around them
+        loaded = _load_components(context, pipeline_class, folder, sizes, dtype, report)
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **loaded)
         # 4. Onto the device, ready for inference
         pipeline.to(device)
@@ -123,27 +123,54 @@ def _load_components(
     sizes: dict[str, int],
     dtype: torch.dtype,
     report: Report,
-) -> Iterator[tuple[str, torch.nn.Module | None]]:
-    """The models of diffusers and transformers that the pipeline takes, each reported when it is there.
+) -> dict[str, torch.nn.Module | None]:
+    """The models that the pipeline takes. `sizes`: bytes of each one's weights.
 
-    The rest (tokenizers, noise schedulers, models of the pipeline's own module) loads with the pipeline. Components
-    that the checkpoint was saved without are None: embeddings then come in. `sizes`: bytes of each one's weights.
+    The rest (tokenizers, noise schedulers, models of custom code) loads with the pipeline. Components that the
+    checkpoint was saved without are None: embeddings then come in.
     """
     spec = context.spec
     assert isinstance(spec, DiffusionSpec)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     wanted, index = inspect.signature(pipeline_class.__init__).parameters, read_index(folder)
-    yield from ((name, None) for name in absent_components(index) if name in wanted or not sizes)
-    total, done = sum(sizes.values()), 0
-    for name, (library, class_name) in components(index).items():
-        if library not in ("diffusers", "transformers") or name not in sizes or name not in wanted:
-            continue
-        model_class = getattr(importlib.import_module(library), class_name, None)
-        if model_class is None:
-            continue
-        report(LoadProgress(stage=context.name, component=name, done_bytes=done, total_bytes=total))
-        variant = {"variant": spec.variant} if has_variant(folder / name, spec.variant) else {}
-        yield name, model_class.from_pretrained(folder / name, dtype=dtype, use_safetensors=True, **variant)
-        done += sizes[name]
-        report(LoadProgress(stage=context.name, component=name, done_bytes=done, total_bytes=total))
+    absent = {name: None for name in absent_components(index) if name in wanted or not sizes}
+    requests = [
+        _request(context, name, model_class, folder / name, dtype)
+        for name, (library, class_name) in components(index).items()
+        if name in sizes and name in wanted and (model_class := _model_class(library, class_name)) is not None
+    ]
+    total = sum(sizes.values())
+    done: dict[str, int] = {}
+
+    def progress(component: str, done_bytes: int, _: int) -> None:
+        done[component] = done_bytes
+        so_far = min(sum(done.values()), total)
+        report(LoadProgress(stage=context.name, component=component, done_bytes=so_far, total_bytes=total))
+
+    for request in requests:
+        progress(request.name, 0, 0)
+    return {**absent, **load_components(requests, spec.load, progress)}
+
+
+def _model_class(library: str, class_name: str) -> Any:
+    """The class of a component: of diffusers, of transformers, or of one of diffusers' own pipelines; else None."""
+    libraries = ("diffusers", "transformers")
+    home = importlib.import_module(library) if library in libraries else getattr(diffusers.pipelines, library, None)
+    found = getattr(home, class_name, None)
+    kinds = (diffusers.ModelMixin, transformers.PreTrainedModel)
+    return found if isinstance(found, type) and issubclass(found, kinds) else None
+
+
+def _request(context: StageContext, name: str, model_class: Any, folder: Path, dtype: torch.dtype) -> ComponentRequest:
+    assert isinstance(context.spec, DiffusionSpec)
+    variant = context.spec.variant
+    return ComponentRequest(
+        name=name,
+        model_class=model_class,
+        folder=folder,
+        library="diffusers" if issubclass(model_class, diffusers.ModelMixin) else "transformers",
+        dtype=dtype,
+        variant=variant if has_variant(folder, variant) else None,
+        device=context.device,
+    )

@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import jinja2
@@ -15,22 +15,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from omni.checkpoint import auto_dtype
-from omni.errors import RequestAborted, StageError, StageSetupError, one_line
+from omni.checkpoint import auto_dtype, find_checkpoint
+from omni.errors import RequestAborted, StageError, StageSetupError, UsageError, one_line
 from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
 from omni.model_paths import resolve_model_path
+from omni.registry import CheckpointRef
 from omni.spec import LlmSpec
 from omni.stage import Report, Stage, StageCall, StageContext
 from stages.device import use_device
 from stages.llm.prompt import build_messages
 from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
+from stages.policies.load import ComponentRequest, load_components
 
 log = logging.getLogger(__name__)
 
 LOAD_FAULTS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 BATCH_FAULTS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a model that it cannot load, or cannot batch."""
+COMPONENT = "model"
 PROBE_SECONDS = 120.0
 PROBE_LENGTHS = (2, 5)
 PROBE_TOKENS = 3
@@ -116,15 +119,18 @@ class LlmStage(Stage):
             torch.set_num_threads(context.num_threads)
         model = resolve_model_path(spec.model, context.base_dir)
         total = _weight_bytes(model)
-        report(LoadProgress(stage=context.name, component="model", done_bytes=0, total_bytes=total))
+
+        def progress(component: str, done: int, _: int) -> None:
+            report(LoadProgress(stage=context.name, component=component, done_bytes=done, total_bytes=max(done, total)))
+
+        progress(COMPONENT, 0, total)
         transformers_logging.disable_progress_bar()
-        dtype = auto_dtype(context.device) if spec.dtype == "auto" else spec.dtype
         options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **options)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, use_safetensors=True, dtype=dtype, device_map={"": context.device}, **options
-            )
+            loaded = self._load_model(model, options, progress)
+        except UsageError as error:
+            raise StageSetupError(context.name, str(error)) from error
         except LOAD_FAULTS as error:
             raise StageSetupError(
                 context.name,
@@ -133,8 +139,30 @@ class LlmStage(Stage):
                 "needs the network or a filled cache",
                 details=str(error),
             ) from error
-        report(LoadProgress(stage=context.name, component="model", done_bytes=total, total_bytes=total, state="ready"))
+        report(
+            LoadProgress(stage=context.name, component=COMPONENT, done_bytes=total, total_bytes=total, state="ready")
+        )
         return loaded.eval(), tokenizer
+
+    def _load_model(self, model: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:
+        """The model; a hub id that is not on this machine yet is fetched and loaded by transformers itself."""
+        spec, device = self._spec, self.context.device
+        dtype = auto_dtype(device) if spec.dtype == "auto" else spec.dtype
+        folder = find_checkpoint(CheckpointRef(spec.model, spec.revision), self.context.base_dir)
+        if folder is None or not spec.load.enabled:
+            return AutoModelForCausalLM.from_pretrained(
+                model, use_safetensors=True, dtype=dtype, device_map={"": device}, **options
+            )
+        request = ComponentRequest(
+            name=COMPONENT,
+            model_class=AutoModelForCausalLM,
+            folder=folder,
+            library="transformers",
+            dtype=getattr(torch, dtype),
+            device=device,
+            options=options,
+        )
+        return load_components([request], spec.load, progress)[COMPONENT]
 
     def _set_defaults(self) -> frozenset[int]:
         """Leave nothing but the special tokens of the model's own generation settings; returns those that end it."""

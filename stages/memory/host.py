@@ -38,3 +38,12 @@ class HostMemory:
         for address in range(begin, end, REGISTER_BYTES):
             torch.cuda.check_error(int(runtime.cudaHostRegister(address, min(REGISTER_BYTES, end - address), 0)))
         self.is_pinned = True
+
+    def close(self) -> None:
+        """Unregister the region; its memory goes when the last tensor that uses it goes."""
+        if self.is_pinned:
+            runtime = torch.cuda.cudart()
+            begin, end = self.bytes.data_ptr(), self.bytes.data_ptr() + self.bytes.numel()
+            for address in range(begin, end, REGISTER_BYTES):
+                torch.cuda.check_error(int(runtime.cudaHostUnregister(address)))
+            self.is_pinned = False

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from omni.errors import StageSetupError
-from omni.spec import DiffusionSpec
+from omni.spec import DiffusionSpec, LoadSpec
 from omni.stage import StageCall, StageContext, Work
 from stages.diffusion.build import build_pipeline, choose_dtype
 from stages.diffusion.stage import DiffusionStage
@@ -84,11 +84,23 @@ def test_weights_cut_short(flux_copy: Path) -> None:
         load(DiffusionSpec(model=str(flux_copy)), flux_copy)
 
 
-def test_weights_of_other_shapes(flux_copy: Path) -> None:
+@pytest.fixture
+def other_shapes(flux_copy: Path) -> Path:
     config = flux_copy / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "joint_attention_dim": 48}))
+    return flux_copy
+
+
+def test_weights_of_other_shapes(other_shapes: Path) -> None:
+    fault = r"transformer: does not fit FluxTransformer2DModel: it has shape \[32, 32\] for 'context_embedder.weight' in "
+    with pytest.raises(StageSetupError, match=fault) as caught:
+        load(DiffusionSpec(model=str(other_shapes)), other_shapes)
+    assert "load: {enabled: false}" in str(caught.value)
+
+
+def test_weights_of_other_shapes_loaded_by_the_library(other_shapes: Path) -> None:
     with pytest.raises(StageSetupError) as caught:
-        load(DiffusionSpec(model=str(flux_copy)), flux_copy)
+        load(DiffusionSpec(model=str(other_shapes), load=LoadSpec(enabled=False)), other_shapes)
     assert caught.value.remedy
     assert "Traceback" in caught.value.details
 

@@ -296,10 +296,10 @@ async def test_loading_is_reported(plain_model: Path) -> None:
     await stage.setup(reports.append)
     await stage.teardown()
     size = (plain_model / "model.safetensors").stat().st_size
-    assert [(r.stage, r.component, r.done_bytes, r.total_bytes, r.state) for r in reports] == [
-        ("rewrite", "model", 0, size, "loading"),
-        ("rewrite", "model", size, size, "ready"),
-    ]
+    assert {(r.stage, r.component, r.total_bytes) for r in reports} == {("rewrite", "model", size)}
+    assert [r.state for r in reports] == ["loading"] * (len(reports) - 1) + ["ready"]
+    assert [r.done_bytes for r in reports] == sorted(r.done_bytes for r in reports)
+    assert (reports[0].done_bytes, reports[-1].done_bytes) == (0, size)
 
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "here"])

@@ -1,0 +1,222 @@
+"""Loads components: blueprints first, then room for their weights, then all bytes at once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from omni.sizes import parse_bytes
+from omni.spec import LoadSpec
+from stages.memory.host import HostMemory
+from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Unsupported
+from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
+from stages.policies.load.chunks import plan_chunks
+from stages.policies.load.files import Files, Method
+from stages.policies.load.places import allocate_device, allocate_host, map_tensor
+from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
+from stages.policies.load.reader import FillRoute, Job, PopulateRoute, Progress, Route, StagedRoute, read_all
+from stages.policies.load.staging import CudaLink, HostStaging, RingStaging, Staging
+
+log = logging.getLogger(__name__)
+
+CONVERT_BYTES = 1 << 20
+"""Read at once where the CPU converts: what fits its cache."""
+MIN_CHUNK_BYTES = 64 << 10
+"""Smaller chunks only cost."""
+
+
+def load_components(
+    requests: Sequence[ComponentRequest], spec: LoadSpec, progress: Progress
+) -> dict[str, torch.nn.Module]:
+    """Load all components at once, through one pool of reader threads; name -> module in evaluation mode.
+
+    With `spec.enabled` false, and where a component needs it, one after another by the library itself.
+
+    With target `host` the tensors of a module lie in one region of host memory, in the order of the module, or in the
+    mapped files with `reader: mmap`. `progress(component, done_bytes, total_bytes)` is called by this thread.
+    Raises UsageError with file and tensor; wrong keys, shapes and files are found before any memory is taken.
+    """
+    modules: dict[str, torch.nn.Module] = {}
+    blueprints: list[Blueprint] = []
+    for request in requests:
+        if not spec.enabled:
+            modules[request.name] = load_by_library(request, progress)
+            continue
+        try:
+            blueprints.append(plan(request))
+        except Unsupported as reason:
+            log.warning("component '%s' is loaded by %s itself: %s", request.name, request.library, reason)
+            modules[request.name] = load_by_library(request, progress)
+    Load(blueprints, spec).run(progress)
+    for blueprint in blueprints:
+        modules[blueprint.request.name] = blueprint.module
+    return {request.name: modules[request.name].requires_grad_(False) for request in requests}
+
+
+def plan(request: ComponentRequest) -> Blueprint:
+    """The component's blueprint. Raises Unsupported, or UsageError when the checkpoint is broken or does not fit."""
+    from stages.policies.load.from_diffusers import plan_diffusers
+    from stages.policies.load.from_transformers import plan_transformers
+
+    try:
+        entries = read_catalog(request.folder, request.variant)
+    except UnknownDtype as error:
+        raise Unsupported(str(error)) from error
+    return (plan_diffusers if request.library == "diffusers" else plan_transformers)(request, entries)
+
+
+def load_by_library(request: ComponentRequest, progress: Progress) -> torch.nn.Module:
+    """The component as its library loads it, on the device that the request wants."""
+    total = sum(file.stat().st_size for file in request.folder.glob("*.safetensors"))
+    progress(request.name, 0, total)
+    variant = {"variant": request.variant} if request.variant else {}
+    module: torch.nn.Module = request.model_class.from_pretrained(  # type: ignore[attr-defined]
+        str(request.folder), dtype=request.dtype, use_safetensors=True, **variant, **request.options
+    )
+    module = module.to("cpu" if request.target == "host" else request.device).eval()
+    progress(request.name, total, total)
+    return module
+
+
+class Load:
+    """One load of several blueprints: room for their weights, and the chunks that fill it."""
+
+    def __init__(self, blueprints: Sequence[Blueprint], spec: LoadSpec) -> None:
+        self._blueprints = blueprints
+        self._spec = spec
+        self._chunk_bytes = max(parse_bytes(spec.chunk), MIN_CHUNK_BYTES)
+        self._files = Files(choose_method(blueprints, spec.reader))
+        self._jobs: list[Job] = []
+        self._memories: list[tuple[torch.nn.Module, HostMemory]] = []
+        self._host_staging = functools.partial(HostStaging, self._chunk_bytes)
+        self._device_stagings: dict[torch.device, Callable[[], Staging]] = {}
+
+    def run(self, progress: Progress) -> None:
+        """Fill and finish the modules. Raises UsageError, torch.OutOfMemoryError."""
+        try:
+            for blueprint in self._blueprints:
+                tensors = self._place(blueprint)
+                blueprint.bind(tensors)
+                self._plan_jobs(blueprint, tensors)
+            totals = {blueprint.request.name: blueprint.num_bytes for blueprint in self._blueprints}
+            read_all(self._jobs, self._files, self._spec.threads, totals, progress)
+            for blueprint in self._blueprints:
+                self._merge(blueprint)
+                blueprint.finish()
+                if blueprint.request.target == "device":
+                    blueprint.module.to(blueprint.request.device)
+        finally:
+            self._files.close()
+        if torch.cuda.is_available():
+            for module, memory in self._memories:
+                memory.pin()
+                weakref.finalize(module, memory.close).atexit = False
+
+    def _place(self, blueprint: Blueprint) -> dict[str, torch.Tensor]:
+        """Name -> tensor of each target: mapped files where they are to stay, else fresh memory."""
+        request = blueprint.request
+        mapped = {
+            target.name: map_tensor(target.source, self._files)
+            for target in blueprint.targets
+            if target.source and maps(request, self._spec.reader) and DTYPES[target.source.dtype] == target.dtype
+        }
+        fresh = [target for target in blueprint.targets if target.name not in mapped]
+        if not fresh:
+            return mapped
+        if is_on_cpu(request):
+            tensors, memory = allocate_host(fresh)
+            if request.target == "host":
+                self._memories.append((blueprint.module, memory))
+        else:
+            tensors = allocate_device(fresh, torch.device(request.device))
+        return {**mapped, **tensors}
+
+    def _plan_jobs(self, blueprint: Blueprint, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add the chunks of one component."""
+        request = blueprint.request
+        populated: list[Entry] = [entry for merge in blueprint.merges for entry in merge.sources]
+        filled: dict[str, torch.Tensor] = {}
+        staged: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
+        entries = {target.source.name: target.source for target in blueprint.targets if target.source}
+        for target in blueprint.targets:
+            entry, tensor = target.source, tensors[target.name].view(-1)
+            if entry is None:
+                continue
+            same = DTYPES[entry.dtype] == target.dtype
+            if same and maps(request, self._spec.reader):
+                populated.append(entry)
+            elif same and is_on_cpu(request) and self._files.method == "buffered":
+                filled[entry.name] = tensor.view(torch.uint8)
+            else:
+                staged[entry.name] = (DTYPES[entry.dtype], tensor)
+        converts = is_on_cpu(request) and self._files.method == "buffered"
+        parts: list[tuple[list[Entry], Route, int]] = [
+            (populated, PopulateRoute(), self._chunk_bytes),
+            ([entries[name] for name in filled], FillRoute(filled), self._chunk_bytes),
+            (
+                [entries[name] for name in staged],
+                StagedRoute(staged, self._staging_for(request)),
+                min(CONVERT_BYTES, self._chunk_bytes) if converts else self._chunk_bytes,
+            ),
+        ]
+        for chosen, route, chunk_bytes in parts:
+            self._jobs += [Job(request.name, chunk, route) for chunk in plan_chunks(chosen, chunk_bytes)]
+
+    def _staging_for(self, request: ComponentRequest) -> Callable[[], Staging]:
+        if is_on_cpu(request):
+            return self._host_staging
+        device = torch.device(request.device)
+        if device not in self._device_stagings:
+            self._device_stagings[device] = lambda: RingStaging(CudaLink(device), self._chunk_bytes, pin=True)
+        return self._device_stagings[device]
+
+    def _merge(self, blueprint: Blueprint) -> None:
+        """Make the tensors that are not whole in the checkpoint, from its mapped files into their places."""
+        state = blueprint.module.state_dict()
+
+        def make(merge: Merge) -> None:
+            sources = {entry.name: map_tensor(entry, self._files) for entry in merge.sources}
+            for name, tensor in merge.convert(sources).items():
+                state[name].copy_(tensor)
+
+        if blueprint.merges:
+            with ThreadPoolExecutor(self._spec.threads, thread_name_prefix="merge") as pool:
+                list(pool.map(make, blueprint.merges))
+
+
+def maps(request: ComponentRequest, reader: str) -> bool:
+    """Whether tensors of equal dtype stay in their mapped files."""
+    return is_on_cpu(request) and (reader == "mmap" or (reader == "auto" and request.target == "device"))
+
+
+def is_on_cpu(request: ComponentRequest) -> bool:
+    """Whether the weights end in the CPU's memory."""
+    return request.target == "host" or torch.device(request.device).type == "cpu"
+
+
+def choose_method(blueprints: Sequence[Blueprint], reader: str) -> Method:
+    """How files that are not mapped are read; past the page cache when they are not in it and the disk is fast."""
+    files = sorted(
+        {
+            target.source.file
+            for blueprint in blueprints
+            for target in blueprint.targets
+            if target.source and not (maps(blueprint.request, reader) and DTYPES[target.source.dtype] == target.dtype)
+        }
+    )
+    if reader in ("buffered", "mmap") or not files:
+        return "buffered"
+    if reader == "auto" and cached_share(files) >= CACHED_SHARE:
+        return "buffered"
+    rate = direct_rate(files[0])
+    if isinstance(rate, str):
+        log.log(
+            logging.INFO if reader == "auto" else logging.WARNING, "files are read through the page cache: %s", rate
+        )
+        return "buffered"
+    return "direct" if reader == "direct" or rate >= FAST_BYTES_PER_SECOND else "buffered"

@@ -1,0 +1,124 @@
+"""Reads chunks of files into memory: through the page cache, past it, or from a mapping."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from typing import Literal
+
+from omni.errors import UsageError
+from stages.policies.load.chunks import Chunk
+
+Method = Literal["buffered", "direct"]
+"""Through the page cache, or past it."""
+BLOCK = 4096
+"""What reads past the page cache are aligned to, in the file and in memory, in bytes."""
+POPULATE_READ = 22
+"""MADV_POPULATE_READ: read pages and enter them into the page table at once. The mmap module has no name for it."""
+
+
+class Mapping:
+    """A whole file in memory, private: what is written there never reaches the file."""
+
+    def __init__(self, file: str) -> None:
+        descriptor = _open(file, os.O_RDONLY)
+        try:
+            self.map = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(descriptor)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.map.madvise(mmap.MADV_HUGEPAGE)
+
+    def populate(self, offset: int, num_bytes: int) -> None:
+        """Have these bytes in memory, and no page fault later. Raises OSError as a read would."""
+        begin = offset - offset % mmap.PAGESIZE
+        try:
+            self.map.madvise(POPULATE_READ, begin, offset + num_bytes - begin)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel before 5.14: pages then come when they are used
+                raise
+
+
+class Files:
+    """The open files of one load, shared by all its threads."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self._descriptors: dict[str, int] = {}
+        self._mappings: dict[str, Mapping] = {}
+        self._lock = threading.Lock()
+
+    def mapping(self, file: str) -> Mapping:
+        """`file`, mapped once. Raises UsageError."""
+        with self._lock:
+            if file not in self._mappings:
+                self._mappings[file] = Mapping(file)
+            return self._mappings[file]
+
+    def populate(self, chunk: Chunk) -> None:
+        """Read the chunk into its mapping. Raises UsageError."""
+        try:
+            self.mapping(chunk.file).populate(chunk.offset, chunk.num_bytes)
+        except OSError as error:
+            raise _failure(chunk, 0, error) from error
+
+    def scatter(self, chunk: Chunk, views: list[memoryview]) -> None:
+        """Read the chunk's pieces each into its view. Raises UsageError with file and tensor."""
+        self._read(chunk, views, chunk.offset, chunk.num_bytes)
+
+    def read(self, chunk: Chunk, buffer: memoryview) -> int:
+        """Read the chunk into `buffer` (2 * BLOCK longer than chunks, aligned); returns where its bytes begin there.
+
+        Raises UsageError with file and tensor.
+        """
+        block = BLOCK if self.method == "direct" else 1
+        skipped = chunk.offset % block
+        length = skipped + chunk.num_bytes
+        rounded = -(-length // block) * block
+        self._read(chunk, [buffer[:rounded]], chunk.offset - skipped, length)
+        return skipped
+
+    def close(self) -> None:
+        """Close the files; mappings live as long as tensors use them."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+            self._mappings.clear()
+
+    def _read(self, chunk: Chunk, views: list[memoryview], offset: int, needed: int) -> None:
+        done = 0
+        descriptor = self._descriptor(chunk.file)
+        while done < needed:
+            try:
+                count = os.preadv(descriptor, views, offset + done)
+            except OSError as error:
+                raise _failure(chunk, done, error) from error
+            if count == 0:
+                raise UsageError(
+                    f"{chunk.file}: cut short in tensor '{chunk.piece_at(done).name}': fetch the file again"
+                )
+            done += count
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = _open(file, os.O_RDONLY | (os.O_DIRECT if self.method == "direct" else 0))
+            return self._descriptors[file]
+
+
+def _open(file: str, flags: int) -> int:
+    try:
+        return os.open(file, flags)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _failure(chunk: Chunk, done: int, error: OSError) -> UsageError:
+    return UsageError(f"{chunk.file}: tensor '{chunk.piece_at(done).name}' cannot be read: {error.strerror}")
