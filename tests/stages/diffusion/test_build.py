@@ -92,7 +92,9 @@ def other_shapes(flux_copy: Path) -> Path:
 
 
 def test_weights_of_other_shapes(other_shapes: Path) -> None:
-    fault = r"transformer: does not fit FluxTransformer2DModel: it has shape \[32, 32\] for 'context_embedder.weight' in "
+    fault = (
+        r"transformer: does not fit FluxTransformer2DModel: it has shape \[32, 32\] for 'context_embedder.weight' in "
+    )
     with pytest.raises(StageSetupError, match=fault) as caught:
         load(DiffusionSpec(model=str(other_shapes)), other_shapes)
     assert "load: {enabled: false}" in str(caught.value)
