@@ -86,6 +86,17 @@ def main_dtype(components: Sequence[Component]) -> str:
     return DTYPES[max(known, key=lambda dtype: known[dtype])]
 
 
+def find_device(name: str) -> str:
+    """What `--device` names: `auto` is a GPU, if torch sees any. Raises UsageError."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch sees no GPU")
+    return name
+
+
 @contextlib.contextmanager
 def consolidated(components: Sequence[Component], beside: Path) -> Iterator[tuple[Component, ...]]:
     """The components with one file each, in a folder on the same disk that is removed in the end.

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace) -> Report:
     """Run the bench. Raises UsageError when the model or an argument is not fit."""
-    from omni.bench.checkpoints import consolidated, main_dtype, read_components, weight_bytes
+    from omni.bench.checkpoints import consolidated, find_device, main_dtype, read_components, weight_bytes
     from omni.bench.load_rows import Loaded
     from omni.bench.load_ways import build_bounds, build_groups
     from omni.bench.turns import choose, take_turns
@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace) -> Report:
     if args.threads < 1 or args.repeat < 1:
         raise UsageError("--threads and --repeat must be at least 1")
     components = read_components(Path(args.model), args.variant)
-    device, dtype = _find_device(args.device), main_dtype(components)
+    device, dtype = find_device(args.device), main_dtype(components)
     others = tuple(other for other in ("float32", "bfloat16") if other != dtype)
     is_sharded = any(len(component.files) > 1 for component in components)
     groups = build_groups(device, dtype, others, args.threads, is_sharded)
@@ -77,18 +77,6 @@ def measure(args: argparse.Namespace) -> Report:
         "repeat": args.repeat,
     }
     return _report(settings, groups, build_bounds(device, others), results, failures, notes)
-
-
-def _find_device(name: str) -> str:
-    import torch
-
-    from omni.errors import UsageError
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch sees no GPU")
-    return name
 
 
 def _too_large(groups: Sequence[Group], num_bytes: int, device: str, notes: list[str]) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -123,12 +124,7 @@ def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
 
 def _prepare_library(job: Job) -> Callable[[], dict[str, Any]]:
     """from_pretrained, component by component as a pipeline does it; every page is touched."""
-    import accelerate  # noqa: F401  # from_pretrained would import it within the time
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
+    import_libraries()
     classes = {component.name: find_class(component) for component in job.components}
 
     def load_all() -> dict[str, Any]:
@@ -188,20 +184,32 @@ def _prepare_raw(job: Job) -> Callable[[], None]:
 
 
 def _prepare_link(job: Job) -> Callable[[], float]:
-    """Bytes a second from pinned memory to the device."""
-    source = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device=job.device)
+    return lambda: link_rate(job.device)
 
-    def copy() -> float:
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
+
+def link_rate(device: str) -> float:
+    """Bytes a second from pinned memory to the device; on a CPU, those of a copy."""
+    is_gpu = device != "cpu"
+    source = torch.ones(LINK_BYTES if is_gpu else LINK_BYTES // 16, dtype=torch.uint8, pin_memory=is_gpu)
+    target = torch.ones_like(source, device=device)
+    seconds = []
+    for _ in range(LINK_COPIES):
         begin = time.perf_counter()
-        for _ in range(LINK_COPIES):
-            target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-        return LINK_COPIES * LINK_BYTES / (time.perf_counter() - begin)
+        target.copy_(source, non_blocking=True)
+        if is_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return float(source.nbytes / statistics.median(seconds))
 
-    return copy
+
+def import_libraries() -> None:
+    """Everything that from_pretrained would import within the time; no bars."""
+    import accelerate  # noqa: F401
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
 
 
 WAYS: dict[str, Callable[[Job], Callable[[], Any]]] = {

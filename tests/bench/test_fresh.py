@@ -68,5 +68,5 @@ def test_rows_are_chosen_by_their_key_or_their_group() -> None:
     assert choose("", groups) == {"a", "b", "c"}
     assert choose("a, h", groups) == {"a", "b", "c"}
     assert choose("g", groups) == {"a", "b"}
-    with pytest.raises(UsageError, match="--only d: no such row.*; there are a, b, c, g, h"):
+    with pytest.raises(UsageError, match=r"--only d: no such row.*; there are a, b, c, g, h"):
         choose("d", groups)
