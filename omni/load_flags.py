@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from omni.errors import UsageError
-from omni.load import load_graph
 
 THREADS, DISABLE = "--num-weight-load-threads", "--disable-multithread-weight-load"
 
@@ -28,6 +27,8 @@ def with_load_flags(
 
     Raises UsageError, and GraphError when the graph is wrong.
     """
+    from omni.load import load_graph
+
     overrides = list(args.set)
     threads, disable = args.num_weight_load_threads, args.disable_multithread_weight_load
     if threads is None and not disable:

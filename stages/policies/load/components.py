@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 
 from omni.sizes import parse_bytes
 from omni.spec import LoadSpec
+from stages.device import use_device
 from stages.memory.host import HostMemory
 from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
@@ -28,6 +30,9 @@ CONVERT_BYTES = 1 << 20
 """Read at once where the CPU converts: what fits its cache."""
 MIN_CHUNK_BYTES = 64 << 10
 """Smaller chunks only cost."""
+
+_one_at_a_time = threading.Lock()
+"""Held while a library builds or finishes a module: for that time it changes torch for the whole process."""
 
 
 def load_components(
@@ -67,7 +72,8 @@ def plan(request: ComponentRequest) -> Blueprint:
         entries = read_catalog(request.folder, request.variant)
     except UnknownDtype as error:
         raise Unsupported(str(error)) from error
-    return (plan_diffusers if request.library == "diffusers" else plan_transformers)(request, entries)
+    with _one_at_a_time:
+        return (plan_diffusers if request.library == "diffusers" else plan_transformers)(request, entries)
 
 
 def load_by_library(request: ComponentRequest, progress: Progress) -> torch.nn.Module:
@@ -107,7 +113,8 @@ class Load:
             read_all(self._jobs, self._files, self._spec.threads, totals, progress)
             for blueprint in self._blueprints:
                 self._merge(blueprint)
-                blueprint.finish()
+                with _one_at_a_time:
+                    blueprint.finish()
                 if blueprint.request.target == "device":
                     blueprint.module.to(blueprint.request.device)
         finally:
@@ -171,9 +178,12 @@ class Load:
         if is_on_cpu(request):
             return self._host_staging
         device = torch.device(request.device)
-        if device not in self._device_stagings:
-            self._device_stagings[device] = lambda: RingStaging(CudaLink(device), self._chunk_bytes, pin=True)
-        return self._device_stagings[device]
+
+        def make() -> Staging:
+            use_device(request.device)
+            return RingStaging(CudaLink(device), self._chunk_bytes, pin=True)
+
+        return self._device_stagings.setdefault(device, make)
 
     def _merge(self, blueprint: Blueprint) -> None:
         """Make the tensors that are not whole in the checkpoint, from its mapped files into their places."""
