@@ -87,14 +87,15 @@ def main_dtype(components: Sequence[Component]) -> str:
 
 
 def find_device(name: str) -> str:
-    """What `--device` names: `auto` is a GPU, if torch sees any. Raises UsageError."""
+    """What `--device` names: `cpu`, or `cuda:N`; `auto` is a GPU, if torch sees any. Raises UsageError."""
     import torch
 
+    is_gpu = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not torch.cuda.is_available():
+        name = "cuda" if is_gpu else "cpu"
+    if name != "cpu" and not is_gpu:
         raise UsageError(f"--device {name}: torch sees no GPU")
-    return name
+    return "cuda:0" if name == "cuda" else name
 
 
 @contextlib.contextmanager

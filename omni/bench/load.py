@@ -80,19 +80,28 @@ def measure(args: argparse.Namespace) -> Report:
 
 
 def _too_large(groups: Sequence[Group], num_bytes: int, device: str, notes: list[str]) -> set[str]:
-    """Keys of rows that would not fit into memory."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    info = Path("/proc/meminfo")
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else free
+    """Keys of rows that would not fit into the memory of the machine or its GPU."""
+    free, free_gpu = _free_bytes(), 0
+    if device != "cpu":
+        import torch
+
+        free_gpu = torch.cuda.mem_get_info(device)[0]
     large = set()
     for group in groups:
         for way in group.ways:
-            if way.memory_share(device) * num_bytes > free * FREE_SHARE:
+            needed, on_gpu = way.memory_share(device) * num_bytes, way.gpu_share(device) * num_bytes
+            if needed > free * FREE_SHARE or (on_gpu and on_gpu > free_gpu * FREE_SHARE):
                 large.add(way.key)
                 notes.append(f"{group.title}, {way.name}: left out, the memory does not hold it")
     return large
+
+
+def _free_bytes() -> int:
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _plan_turns(

@@ -69,8 +69,7 @@ def run(job: Mapping[str, Any]) -> Loaded:
     order = msgspec.convert(job, Job)
     files = [Path(file) for component in order.components for file in component.files]
     prepared = WAYS[order.way](order)
-    if order.device != "cpu":
-        torch.zeros(1, device=order.device)
+    start_device(order.device)
     doubt = make_cold(files) if order.cold else ""
     if not order.cold:
         make_warm(files)
@@ -200,6 +199,13 @@ def link_rate(device: str) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return float(source.nbytes / statistics.median(seconds))
+
+
+def start_device(device: str) -> None:
+    """Have a GPU's context made, and make it the current one."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
 
 
 def import_libraries() -> None:

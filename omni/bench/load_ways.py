@@ -33,6 +33,11 @@ class Way(msgspec.Struct, frozen=True):
     size: float = 1.0
     """Bytes of what is loaded over those of the checkpoint."""
 
+    def gpu_share(self, device: str) -> float:
+        """GPU memory that a run takes, over the checkpoint's bytes."""
+        ends_there = self.job["way"] in ("omni", "library") and self.job.get("target") != "host"
+        return self.size if ends_there and device != "cpu" and self.job["device"] != "cpu" else 0.0
+
     def memory_share(self, device: str) -> float:
         """Main memory that a run takes beside the page cache, over the checkpoint's bytes; none of it is exact."""
         fills = self.job.get("target") == "host" or self.job.get("fresh") or self.job.get("copy")

@@ -251,11 +251,14 @@ def _targets(rows: Mapping[str, Offloaded], sizes: list[str], link: float, on_gp
 
 
 def host_bytes(row: Offloaded) -> float | None:
-    """Main memory that holds weights in the end: the process's own and shared pages, or what torch has pinned."""
-    memory = row.memory
-    if memory is None or memory.anonymous_bytes is None:
+    """Main memory that holds weights in the end: the process's own and shared pages, or what torch has pinned.
+
+    Where the system does not tell pages apart, it is the peak of all.
+    """
+    if row.memory is None:
         return None
-    return max(memory.anonymous_bytes + (memory.shared_bytes or 0), row.pinned_bytes)
+    own, shared = row.memory.anonymous_bytes, row.memory.shared_bytes
+    return max(row.memory.peak_bytes if own is None else own + (shared or 0), row.pinned_bytes)
 
 
 def _step_table(rows: Mapping[str, Offloaded], sizes: list[str], link: float) -> Table:

@@ -13,7 +13,7 @@ import torch
 
 from omni.bench.checkpoints import Component
 from omni.bench.fresh import Memory, MemoryMeter
-from omni.bench.load_rows import find_class, import_libraries, link_rate, unique_tensors
+from omni.bench.load_rows import find_class, import_libraries, link_rate, start_device, unique_tensors
 from omni.bench.page_cache import make_warm
 from omni.memory import MemoryPlan
 from omni.models.denoiser_inputs import build_inputs
@@ -95,14 +95,13 @@ class Handle:
 def run(job: Mapping[str, Any]) -> Offloaded:
     """Carry out a Job, given as JSON."""
     order = msgspec.convert(job, Job)
+    start_device(order.device)
     if order.way == "link":
         return Offloaded(link_rate=link_rate(order.device))
     import_libraries()
     load, set_up = WAYS[order.way]
     find_class(order.component)
     make_warm([Path(file) for file in order.component.files])
-    if order.device != "cpu":
-        torch.zeros(1, device=order.device)
     meter = MemoryMeter()
     begin = time.perf_counter()
     module = load(order)

@@ -119,7 +119,8 @@ def test_targets_on_a_gpu() -> None:
 def test_host_memory_is_what_the_process_or_torchs_allocator_holds() -> None:
     assert host_bytes(row(1.0)) == 102
     assert host_bytes(Offloaded(memory=Memory(110, 90, 5, None), pinned_bytes=160)) == 160
-    assert host_bytes(Offloaded(memory=Memory(110, None, None, None), pinned_bytes=160)) is None
+    assert host_bytes(Offloaded(memory=Memory(110, None, None, None))) == 110
+    assert host_bytes(Offloaded()) is None
 
 
 def test_a_failed_row_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
