@@ -14,6 +14,7 @@ import pytest
 LAYERS = (
     ("omni.cli",),
     ("omni.bench",),
+    ("omni.models",),
     ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe", "omni.load_flags"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),

@@ -46,6 +46,15 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     rows: tuple[Row, ...]
 
 
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """Further numbers of rows, beside their times."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[float | None, ...]]
+    """Row -> one number for each column; None where there is none."""
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a bench; `--json` prints exactly this."""
 
@@ -57,6 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     correct: bool
     """Whether every result had the right content."""
     notes: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
 
 
 def build_section(title: str, reference: str, seconds: Mapping[str, Sequence[float]]) -> Section:
@@ -99,19 +109,28 @@ def print_report(report: Report, as_json: bool) -> None:
         print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print(", ".join(f"{key} {value}" for key, value in report.machine.items()))
     console.print(", ".join(f"{key} {value}" for key, value in report.settings.items()))
     for section in report.sections:
-        table = Table(title=section.title, title_justify="left", box=None, pad_edge=False)
+        table = RichTable(title=section.title, title_justify="left", box=None, pad_edge=False)
         table.add_column("", no_wrap=True)
         for heading in ("median ms", "p95 ms", "min ms", "max ms", f"x {section.reference}", "runs"):
             table.add_column(heading, justify="right")
         for row in section.rows:
             times = (row.median_ms, row.p95_ms, row.min_ms, row.max_ms)
             table.add_row(row.name, *(_three_digits(time) for time in times), f"{row.ratio:.2f}", str(row.num_runs))
+        console.print("")
+        console.print(table)
+    for facts in report.tables:
+        table = RichTable(title=facts.title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for column in facts.columns:
+            table.add_column(column, justify="right")
+        for name, values in facts.rows.items():
+            table.add_row(name, *("-" if value is None else _three_digits(value) for value in values))
         console.print("")
         console.print(table)
     console.print("")

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "show what would run where, and why",
     "validate": "check graph files without loading anything",
     "schema": "print the JSON Schema of graph files, for editors",
+    "models": "write models with random weights, to measure and try with",
     "bench": "measure this installation against its rivals",
 }
 """Name -> one line of help; each is a module of this package with `add_arguments(parser)` and `command(args)`."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni.bench.report import Report, build_section, build_target, describe_machine, percentile, print_report
+from omni.bench.report import Report, Table, build_section, build_target, describe_machine, percentile, print_report
 
 SECONDS = {"ours": [0.010, 0.030, 0.020], "theirs": [0.040, 0.040, 0.080]}
 
@@ -23,6 +23,7 @@ def report(correct: bool = True) -> Report:
         targets=(build_target("hop", 0.5, 1.3, "x"), build_target("speed-up", 2.0, 10.0, "x", at_most=False)),
         correct=correct,
         notes=("contents equal: yes",),
+        tables=(Table(title="memory", columns=("GiB", "x"), rows={"ours": (1.25, None)}),),
     )
 
 
@@ -60,7 +61,7 @@ def test_people_get_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_machines_get_stable_keys(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(report(), as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["bench", "settings", "machine", "sections", "targets", "correct", "notes"]
+    assert list(found) == ["bench", "settings", "machine", "sections", "targets", "correct", "notes", "tables"]
     assert list(found["sections"][0]) == ["title", "reference", "rows"]
     row = ["name", "median_ms", "min_ms", "max_ms", "p95_ms", "ratio", "num_runs"]
     assert list(found["sections"][0]["rows"][0]) == row
