@@ -18,7 +18,7 @@ CONTEXT_BYTES = GIB
 PROCESS_BYTES = {"cpu": GIB // 2, "cuda": 3 * GIB}
 """Host memory of a process that has imported torch and diffusers, and started CUDA."""
 MAX_SEARCHED = 6
-"""The largest components, of which all combinations are tried; others stay on the device."""
+"""The largest components, of which all combinations are tried; all others do the same, or planning would take long."""
 
 Mode = Literal["stay", "turn", "stream"]
 Source = Literal["host", "disk"]
@@ -90,22 +90,28 @@ class Chooser:
             return
         sources: dict[str, tuple[Source, ...]] = {"auto": ("host", "disk"), "disk": ("disk",), "layerwise": ("host",)}
         for source in sources[policy]:
-            for modes in itertools.product(*map(self.modes_of, self.parts)):
+            for modes in self.combinations():
                 if "stream" in modes or ("turn" in modes and not self.is_asked):
                     yield modes, source
 
+    def combinations(self) -> Iterator[tuple[Mode, ...]]:
+        """Modes of all parts: the largest ones each for itself, the others all alike."""
+        by_size = sorted(range(len(self.parts)), key=lambda index: -self.parts[index].weight_bytes)
+        searched, others = by_size[:MAX_SEARCHED], by_size[MAX_SEARCHED:]
+        together: tuple[Mode, ...] = ("stay", "turn") if others and not self.streams_all else ("stay",)
+        for *chosen, same in itertools.product(*(self.modes_of(self.parts[index]) for index in searched), together):
+            modes = dict.fromkeys(others, same) | dict(zip(searched, chosen, strict=True))
+            yield tuple(modes[index] for index in range(len(self.parts)))
+
     def modes_of(self, part: Part) -> tuple[Mode, ...]:
         """What may become of one part under the policies that mix."""
-        searched = sorted(self.parts, key=lambda one: -one.weight_bytes)[:MAX_SEARCHED]
-        if self.offload.policy == "auto":
-            turn: tuple[Mode, ...] = ("turn",) if len(self.parts) > 1 else ()
-            stream: tuple[Mode, ...] = ("stream",) if part.blocks else ()
-            return ("stay", *turn, *stream) if part in searched else ("stay",)
-        if part.blocks and (self.streams_all or part.use.num_runs > 1 or len(self.parts) == 1):
-            return ("stream",)
-        if self.streams_all or part not in searched:
-            return ("stay",)
-        return ("stay", "turn", "stream") if part.blocks else ("stay", "turn")
+        turn: tuple[Mode, ...] = ("turn",) if len(self.parts) > 1 else ()
+        stream: tuple[Mode, ...] = ("stream",) if part.blocks else ()
+        if not self.is_asked:
+            return ("stay", *turn, *stream)
+        if stream and (self.streams_all or part.use.num_runs > 1 or len(self.parts) == 1):
+            return stream
+        return ("stay",) if self.streams_all else ("stay", *turn, *stream)
 
     @property
     def is_asked(self) -> bool:

@@ -166,6 +166,14 @@ def test_refused(gpu: float, options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_many_components_are_planned_quickly_and_small_ones_do_the_same() -> None:
+    many = facts_of(**{f"encoder_{index}": (0, [GIB // 4] * 40) for index in range(9)})
+    found = plan(24, many)
+    assert found.peak_device_bytes + CONTEXT_BYTES <= 24 * GIB
+    assert {part.place for part in found.components[6:]} == {"host, in turn"}
+    assert plan(95, many).policy == "none"
+
+
 def test_numbers_of_a_streamed_plan() -> None:
     found = plan(80, policy="layerwise")
     assert found.peak_device_bytes == (1 + 3 + 2 + 3 + 1 + 3) * GIB  # outside and slots twice, VAE, its activations
