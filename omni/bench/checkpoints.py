@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
-from omni.checkpoint import STEMS, MissingFile, read_header, weight_files
+from omni.checkpoint import STEMS, MissingFile, weight_files
 from omni.errors import UsageError
+from omni.safetensors_headers import read_header
 from omni.sizes import format_bytes
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
