@@ -20,8 +20,6 @@ from stages.policies.offload.units import pack
 from tests.stages.memory.conftest import Driver
 from tests.stages.policies.offload.small import POLICIES, Denoiser, Vae, X, put, same
 
-X = torch.arange(16.0).view(2, 8) / 16
-
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_components_inside_one_another_and_shared_weights(policy: str) -> None:
