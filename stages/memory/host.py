@@ -58,9 +58,9 @@ class HostMemory:
         if self._file is None:
             if num_bytes >= CHECK_BYTES:
                 check_room(num_bytes, "a copy of the weights")
+            # No MADV_HUGEPAGE: beside a full page cache the kernel then compacts memory while the region is filled,
+            # which took two to four times as long.
             region = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                region.madvise(mmap.MADV_HUGEPAGE)
         else:
             region = self._file.map
         with torch.inference_mode(False):  # tensors of that mode could not be written outside of it

@@ -46,7 +46,7 @@ class Offload:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that this policy has taken or pinned for masters."""
+        """Regions of host memory that hold masters; `reset` closes them."""
         return sum(region.num_bytes for region in self._regions.values())
 
     @property
@@ -94,8 +94,8 @@ class Offload:
             planned = {component.name: component for component in self._memory.components}
             moving = {name for name in parts if self._moves(parts[name], planned.get(name))}
             # 3. Their masters: in large pieces of host memory, pinned where the device wants that
-            for name in moving:
-                self._prepare_masters(parts[name])
+            for name, part in parts.items():
+                self._prepare_masters(part, moves=name in moving)
             # 4. The device: what stays, slots or arena, and the gates
             if self.policy == "component":
                 self._take_turns(parts, moving)
@@ -117,18 +117,16 @@ class Offload:
             return planned is None or planned.device_bytes < planned.weight_bytes
         return bool(parts.blocks) and (planned is None or planned.streamed_bytes > 0)
 
-    def _prepare_masters(self, parts: Parts) -> None:
+    def _prepare_masters(self, parts: Parts, *, moves: bool) -> None:
         groups = [*parts.block_parameters, parts.rest]
-        scattered = any(is_scattered(group) for group in groups)
         everything = [parameter for group in groups for parameter in group]
         regions = regions_of(everything)
-        if self.policy == "disk":
-            scattered = False
-        elif scattered or (self.engine.pins and regions is None):
+        copied_from = moves and self.policy != "disk"
+        if copied_from and ((self.engine.pins and regions is None) or any(map(is_scattered, groups))):
             regions = [pack(groups)]
         for region in regions or []:
             self._regions[id(region)] = region
-            if self.engine.pins and self.policy != "disk":
+            if self.engine.pins and copied_from:
                 region.pin()
 
     def _take_turns(self, parts: dict[str, Parts], moving: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -122,6 +123,16 @@ def test_the_next_request_works_after_a_failed_one(policy: str) -> None:
         broken.remove()
         assert torch.equal(denoiser(X) + other(X), expected)
         offload.reset()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_weights_mapped_from_a_checkpoint(policy: str, tmp_path: Path) -> None:
+    """As diffusers and transformers load them: views of the mapped file, in the file's order."""
+    config = transformers.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=4, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    model = transformers.T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    same(lambda: model(ids).last_hidden_state, {"text_encoder": model}, policy, spec={"ahead": 1})
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from omni.errors import RequestAborted
 from tests.stages.policies.offload.conftest import BUILDERS, NUM_LAYERS, POLICIES, Painter
@@ -81,6 +82,32 @@ def test_components_are_copied_once_a_turn(family: str, painters: Painters) -> N
         assert len(set(came)) == len(came)
         assert offload.counters.num_copies_out == 0
     finally:
+        offload.reset()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_step_cache_skips_is_not_copied(policy: str, painters: Painters) -> None:
+    painter = painters("qwen")
+    (denoiser,) = painter.denoisers.values()
+    config = FirstBlockCacheConfig(threshold=5.0)  # so high that all steps but the first are skipped
+    denoiser.enable_cache(config)
+    expected = painter.draw(1)
+    denoiser.disable_cache()
+    assert not torch.equal(expected, painter.resident[1])
+    offload = painter.offload(policy, only=painter.denoisers, ahead=1)
+    copies = []
+    try:
+        for cached in (False, True):
+            if cached:
+                denoiser.enable_cache(config)
+            painter.draw(1)
+            before = offload.counters.num_copies_in
+            drawn = painter.draw(1)
+            copies.append(offload.counters.num_copies_in - before)
+            assert torch.equal(drawn, expected if cached else painter.resident[1])
+        assert copies == [0, 0] if policy == "component" else copies[1] <= copies[0] / 3
+    finally:
+        denoiser.disable_cache()
         offload.reset()
 
 

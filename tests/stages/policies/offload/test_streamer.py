@@ -128,6 +128,20 @@ def test_the_next_blocks_are_on_their_way_before_a_block_computes() -> None:
         machine.streamer.leave(number)
 
 
+def test_copies_are_asked_for_before_the_block_ahead_of_them_computes() -> None:
+    """As the engine's log has it: what block i + 1 will wait for was asked for before block i was done."""
+    machine = Machine([10] * 6, set(), 1)
+    log = machine.engine.log
+    for number in [*range(6), *range(6)]:
+        machine.streamer.enter(number)
+        following = machine.streamer._holding[(number + 1) % 6].memory.data_ptr()
+        assert ("copy", following) in log
+        done = len(log)
+        machine.streamer.leave(number)
+        assert [kind for kind, _ in log[done:]] == ["record"]
+        log.clear()
+
+
 def test_a_skipped_round_copies_nothing() -> None:
     """A step cache calls the first block, and skips the others when it finds that little has changed."""
     machine = Machine([10] * 6, set(), 2)
