@@ -42,11 +42,23 @@ def check_room(num_bytes: int, purpose: str) -> None:
         )
 
 
-def _machine(proc: Path) -> Room:
+def free_bytes(proc: Path = PROC) -> int:
+    """Memory that nothing uses, not even the page cache; 0 where the kernel does not say."""
+    return _meminfo(proc, "MemFree") or 0
+
+
+def _meminfo(proc: Path, name: str) -> int | None:
     for line in (proc / "meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return Room(int(line.split()[1]) * 1024, "MemAvailable of this machine")
-    return Room(UNLIMITED_BYTES, "a kernel that does not say MemAvailable")
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _machine(proc: Path) -> Room:
+    available = _meminfo(proc, "MemAvailable")
+    if available is None:
+        return Room(UNLIMITED_BYTES, "a kernel that does not say MemAvailable")
+    return Room(available, "MemAvailable of this machine")
 
 
 def _groups(proc: Path, controller: str) -> list[str]:

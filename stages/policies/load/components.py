@@ -124,8 +124,6 @@ class Load:
         finally:
             self._files.close()
         for module, memory in self._memories:
-            if torch.cuda.is_available():
-                memory.pin()
             weakref.finalize(module, memory.close).atexit = False
 
     def _place(self, blueprint: Blueprint) -> dict[str, torch.Tensor]:
@@ -143,6 +141,8 @@ class Load:
             tensors, memory = allocate_host(fresh)
             if request.target == "host":
                 self._memories.append((blueprint.module, memory))
+                if torch.cuda.is_available():  # before it is filled: registering makes the pages, with all threads
+                    memory.pin()
         else:
             tensors = allocate_device(fresh, torch.device(request.device))
         return {**mapped, **tensors}
