@@ -185,10 +185,11 @@ def weight_files(folder: Path, variant: str | None) -> Iterator[Path]:
     for chosen in dict.fromkeys((variant, None)):  # parts that lack the variant fall back to the plain files
         middle = f".{chosen}" if chosen else ""
         for stem in STEMS:
-            index = folder / f"{stem}.safetensors.index{middle}.json"
-            if index.is_file():
-                yield from _shards(index)
-                return
+            for ending in (f"index{middle}.json", f"{chosen}.index.json"):  # the second is an older way
+                index = folder / f"{stem}.safetensors.{ending}"
+                if index.is_file():
+                    yield from _shards(index)
+                    return
             single = folder / f"{stem}{middle}.safetensors"
             if single.is_file():
                 yield single

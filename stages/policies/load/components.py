@@ -18,7 +18,7 @@ from stages.device import use_device
 from stages.memory.host import HostMemory
 from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
-from stages.policies.load.chunks import plan_chunks
+from stages.policies.load.chunks import grouped, plan_chunks
 from stages.policies.load.files import Files, Method
 from stages.policies.load.places import allocate_device, allocate_host, map_tensor
 from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
@@ -176,7 +176,8 @@ class Load:
             ),
         ]
         for chosen, route, chunk_bytes in parts:
-            self._jobs += [Job(request.name, chunk, route) for chunk in plan_chunks(chosen, chunk_bytes)]
+            chunks = plan_chunks(chosen, chunk_bytes)
+            self._jobs += [Job(request.name, group, route) for group in grouped(chunks, self._chunk_bytes)]
 
     def _staging_for(self, request: ComponentRequest) -> Callable[[], Staging]:
         if is_on_cpu(request):

@@ -98,10 +98,10 @@ class StagedRoute(Route):
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One chunk of one component."""
+    """Chunks of one component that one thread reads one after another."""
 
     component: str
-    chunk: Chunk
+    chunks: tuple[Chunk, ...]
     route: Route
 
 
@@ -137,20 +137,23 @@ class _Pool:
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, seconds)
 
-    def _take(self) -> Iterator[Job]:
+    def _take(self) -> Iterator[tuple[Job, Chunk]]:
         while True:
             try:
-                yield self._jobs.popleft()
+                job = self._jobs.popleft()
             except IndexError:
                 return
+            for chunk in job.chunks:
+                if self.failure is None:
+                    yield job, chunk
 
     def _work(self) -> None:
         lane = Lane(self._files)
         try:
-            for job in self._take():
-                job.route.carry(job.chunk, lane)
+            for job, chunk in self._take():
+                job.route.carry(chunk, lane)
                 with self._changed:
-                    self.done[job.component] = self.done.get(job.component, 0) + job.chunk.num_bytes
+                    self.done[job.component] = self.done.get(job.component, 0) + chunk.num_bytes
         except (OSError, RuntimeError, ValueError, MemoryError, UsageError) as error:
             self.stop(error)
         finally:
