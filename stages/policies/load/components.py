@@ -121,6 +121,10 @@ class Load:
                     blueprint.finish()
                 if blueprint.request.target == "device":
                     blueprint.module.to(blueprint.request.device)
+        except BaseException:
+            for _, memory in self._memories:
+                memory.close()
+            raise
         finally:
             self._files.close()
         for module, memory in self._memories:
