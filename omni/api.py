@@ -151,6 +151,10 @@ class AsyncOmni:
             raise RunnerError("the plan is made when Omni starts, of the nodes of the Ray cluster that it joins")
         return self._plan
 
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the hardware that was planned for; nothing while the plan is still to be made."""
+        return () if self._plan is None else self._plan.hardware.notes
+
     @property
     def runner(self) -> Runner:
         """The runner, while Omni is started. Raises RunnerError before and after."""

@@ -16,8 +16,11 @@ import pytest
 from PIL import Image
 
 from omni.cli import interrupt
+from omni.cli.main import main
+from omni.files import write_output
 from omni.hardware import detect
-from omni.recipe import read_recipe
+from omni.recipe import Recipe, encode_recipe, read_recipe
+from omni.testing import doubles
 
 Omni = Callable[..., Any]
 WAIT_SECONDS = 60
@@ -199,17 +202,22 @@ def test_a_stage_that_cannot_load_is_1(omni: Omni) -> None:
         (["broken.yaml", "--prompts", "empty"], "--prompts empty: holds no prompt; write one per line"),
         (["broken.yaml", "--prompts", "binary"], "--prompts binary: is not UTF-8 text"),
         (["broken.yaml", "--n", "0"], "--n 0: must be at least 1"),
+        (["broken.yaml", "--n", "10001"], "--n 10001: 10001 requests are too many; at most 10000 run at once"),
+        (["broken.yaml", "--n", "100000000000"], "--n 100000000000: 100000000000 requests are too many"),
+        (["broken.yaml", "--prompts", "three", "--n", "4000"], "--n 4000: 12000 requests are too many"),
         (["broken.yaml", "--seed", "-1"], "seed must be a whole number from 0 to 4294967295, not -1"),
         (["broken.yaml", "-o", "a.mp4"], "--output a.mp4: the graph gives image (image); allowed suffixes:"),
         (["broken.yaml", "-o", "gone/a.png"], "gone: no such folder"),
         (["edit.yaml", "--input", "image=gone.jpg"], "cannot read gone.jpg: No such file or directory"),
         (["edit.yaml", "--input", "image=edit.yaml"], "edit.yaml is not a picture that can be read"),
+        (["binary.JPG"], "binary.JPG: no graph file, and only .png files remember the graph that they were made with"),
         (["binary.png"], "cannot read binary.png: not a PNG picture"),
         (["broken.yaml", "--prompt", "\udcff"], "input 'prompt' is not valid UTF-8 text: '\\udcff'"),
     ],
 )
 def test_mistakes_are_2_and_one_line(omni: Omni, arguments: list[str], message: str) -> None:
     Path("empty").write_text("# nothing\n\n")
+    Path("three").write_text("a\nb\nc\n")
     Path("binary").write_bytes(b"\xff\xfe\x00")
     Path("binary.png").write_bytes(b"\xff\xfe\x00")
     before = set(Path().iterdir())
@@ -279,6 +287,27 @@ def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:
     assert omni("run", "a.png", "--trust", "-o", "b.png").code == 0
     assert same("a.png", "b.png")
     assert read_recipe("b.png").graph_path == "there/g.yaml"
+
+
+def test_a_picture_elsewhere_says_where_its_graph_was(omni: Omni) -> None:
+    graph = {"stages": {"draw": {"kind": "diffusion", "model": "models/shapes/painter"}}}
+    recipe = Recipe(graph=graph, graph_path="configs/draw.yaml", seed=7)
+    write_output(Image.new("RGB", (3, 3)), "a.png", metadata=encode_recipe(recipe))
+    ran = omni("run", "a.png")
+    first, second = ran.err.splitlines()
+    assert ran.code == 2
+    assert first == "a.png: its graph, which was configs/draw.yaml, from the current folder, cannot be used:"
+    assert "configs/models/shapes/painter does not exist" in second
+
+
+def test_an_address_where_nobody_answers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While requests are prepared there is no plan yet: it will be made of the cluster's nodes."""
+    monkeypatch.chdir(tmp_path)
+    with doubles():
+        assert main(["run", "pair.yaml", "--prompt", "x", "--address", "127.0.0.1:1"]) == 1
+    assert "127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_no_path_is_kept_that_was_not_typed(omni: Omni, tmp_path: Path) -> None:
