@@ -223,8 +223,11 @@ class LocalProcess:
         return self._stages[stage].is_blocked()
 
     async def abort(self, request_id: str, stage: str) -> None:
-        """Make a running stage stop; its run ends with RequestAborted."""
-        await self._stages[stage].abort(request_id)
+        """Make a running stage stop; its run ends with RequestAborted. Raises StageError when the stage cannot."""
+        try:
+            await self._stages[stage].abort(request_id)
+        except Exception as error:
+            raise StageError(stage, one_line(error), details=traceback.format_exc()) from error
 
     def free(self, request_id: str, stage: str) -> None:
         """Drop a payload that was kept here."""

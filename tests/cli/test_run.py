@@ -16,11 +16,8 @@ import pytest
 from PIL import Image
 
 from omni.cli import interrupt
-from omni.cli.main import main
-from omni.files import write_output
 from omni.hardware import detect
-from omni.recipe import Recipe, encode_recipe, read_recipe
-from omni.testing import doubles
+from omni.recipe import read_recipe
 
 Omni = Callable[..., Any]
 WAIT_SECONDS = 60
@@ -287,27 +284,6 @@ def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:
     assert omni("run", "a.png", "--trust", "-o", "b.png").code == 0
     assert same("a.png", "b.png")
     assert read_recipe("b.png").graph_path == "there/g.yaml"
-
-
-def test_a_picture_elsewhere_says_where_its_graph_was(omni: Omni) -> None:
-    graph = {"stages": {"draw": {"kind": "diffusion", "model": "models/shapes/painter"}}}
-    recipe = Recipe(graph=graph, graph_path="configs/draw.yaml", seed=7)
-    write_output(Image.new("RGB", (3, 3)), "a.png", metadata=encode_recipe(recipe))
-    ran = omni("run", "a.png")
-    first, second = ran.err.splitlines()
-    assert ran.code == 2
-    assert first == "a.png: its graph, which was configs/draw.yaml, from the current folder, cannot be used:"
-    assert "configs/models/shapes/painter does not exist" in second
-
-
-def test_an_address_where_nobody_answers_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """While requests are prepared there is no plan yet: it will be made of the cluster's nodes."""
-    monkeypatch.chdir(tmp_path)
-    with doubles():
-        assert main(["run", "pair.yaml", "--prompt", "x", "--address", "127.0.0.1:1"]) == 1
-    assert "127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_no_path_is_kept_that_was_not_typed(omni: Omni, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from omni.messages import (
     Failed,
     Final,
     HopFinished,
+    LoadProgress,
     Queued,
     StageFinished,
     StageProgress,
@@ -140,8 +141,9 @@ def test_a_failure_stops_the_other_branch(runner: str) -> None:
     assert not any(isinstance(event, StageStarted) and event.stage == "d" for event in events)
 
 
+@pytest.mark.parametrize("fault", [{}, {"fail_in": "abort", "timeouts": {"abort_seconds": 0.2}}], ids=["", "failing"])
 @pytest.mark.parametrize("position", ["a", "b", "d"])
-def test_an_abort_in_any_position(runner: str, position: str) -> None:
+def test_an_abort_in_any_position(runner: str, position: str, fault: dict[str, Any]) -> None:
     async def work(omni: AsyncOmni) -> None:
         events: list[Event] = []
         async for event in omni.stream(prompt="x", seed=1, request_id="r1"):
@@ -151,7 +153,7 @@ def test_an_abort_in_any_position(runner: str, position: str) -> None:
         assert isinstance(events[-1], Aborted)
         assert not await omni.abort("r1")
 
-    run_graph(runner, changed(DIAMOND, position, hold=True), work)
+    run_graph(runner, changed(DIAMOND, position, hold=True, **fault), work)
 
 
 def test_an_abort_before_anything_has_started(runner: str) -> None:
@@ -355,6 +357,28 @@ def test_a_stage_that_cannot_load_stops_the_start(runner: str) -> None:
 
     with pytest.raises(Exception, match="stage 'b': RuntimeError: the double fails in setup"):
         asyncio.run(main())
+
+
+def test_all_of_loading_is_told_before_the_start_is_over(runner: str) -> None:
+    told: list[LoadProgress] = []
+
+    async def main() -> None:
+        async with AsyncOmni({"stages": CHAIN}, runner=runner, report=told.append):  # type: ignore[arg-type]
+            assert sorted(progress.stage for progress in told) == ["a", "b", "c"]
+
+    asyncio.run(asyncio.wait_for(main(), WAIT_SECONDS))
+
+
+def test_a_listener_that_raises_fails_the_start(runner: str) -> None:
+    def report(progress: LoadProgress) -> None:
+        raise ValueError("nobody listens")
+
+    async def main() -> None:
+        async with AsyncOmni({"stages": CHAIN}, runner=runner, report=report):  # type: ignore[arg-type]
+            pytest.fail("must not start")
+
+    with pytest.raises(Exception, match="nobody listens"):
+        asyncio.run(asyncio.wait_for(main(), WAIT_SECONDS))
 
 
 def test_two_requests_cannot_share_an_id(runner: str) -> None:

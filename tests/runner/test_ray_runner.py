@@ -290,6 +290,37 @@ def test_a_payload_that_cannot_cross_is_told_as_its_producers_fault() -> None:
     run_graph(stages, work)
 
 
+class Stubborn:
+    """Pickles at home only."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("this one stays here")
+
+
+def give_stubborn(prompt: str) -> Any:
+    """A payload for readers here and elsewhere that cannot be sent."""
+    return {"thing": Stubborn(), "padding": b"0" * 100_000 if prompt == "big" else b""}
+
+
+@pytest.mark.parametrize("size", ["small", "big"])
+def test_a_run_that_fails_keeps_nothing_in_its_process(size: str) -> None:
+    call = f"{__name__}:give_stubborn"
+    stages = {
+        "a": {"kind": "function", "call": call, "outputs": {"thing": "any", "padding": "any"}, "isolation": "actor"},
+        "near": double({"x": "a.thing"}, model=False),
+        "far": double({"x": "a.padding"}),
+    }
+
+    async def work(omni: AsyncOmni) -> None:
+        assert omni.plan.stage("near").process == omni.plan.stage("a").process
+        with pytest.raises(RequestFailed, match="this one stays here"):
+            await omni.generate(prompt=size, seed=1)
+        await eventually_idle(omni, "a")
+        assert not process_of(omni, "a")._kept
+
+    run_graph(stages, work)
+
+
 # Processes ------------------------------------------------------------------------------------------------------
 
 
