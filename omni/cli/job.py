@@ -30,8 +30,8 @@ from omni.recipe import (
     read_recipe,
 )
 
-MAX_REQUESTS = 10_000
-"""Of one run, since all are made and run at once."""
+MAX_REQUESTS = 5_000
+"""Of one run: all are made and run at once, and an actor has to have room for aborts beside them."""
 FORGETFUL_SUFFIXES = {*SUFFIXES["image"], *SUFFIXES["video"]} - {".png"}
 """Pictures and clips that keep no recipe."""
 

@@ -24,10 +24,10 @@ from ray.exceptions import (
 from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError, one_line
 from omni.messages import Event, LoadProgress, Payload
 from omni.runner.actor import SETUP, RunEnd, RunMessage, StageActor, Vitals
-from omni.runner.base import Delivered, StageProcess
-from omni.runner.process import Collected, RunCall, StageLaunch, Value
+from omni.runner.process import Collected, Delivered, RunCall, StageLaunch, StageProcess, Value
 from omni.stage import Report
 from omni.transport import object_store
+from omni.transport.payload import num_bytes
 
 MAX_CONCURRENCY = 10_000
 """Calls that an actor takes at once: high, so that aborts and pings never wait for runs."""
@@ -41,9 +41,12 @@ DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 class DriverPayload:
-    """A payload made in the driver. It goes into the object store once, when the first actor is to read it."""
+    """A payload made in the driver, or a large value of a request.
 
-    def __init__(self, payload: Payload) -> None:
+    It goes into the object store once, when the first actor is to read it.
+    """
+
+    def __init__(self, payload: Any) -> None:
         self.payload = payload
         self._stored: asyncio.Task[Any] | None = None
 
@@ -218,6 +221,9 @@ class ActorProcess(StageProcess):
                 what = f"its process was killed because a run of stage '{life.stuck_stage}' did not stop in time"
             return StageDiedError(call.stage, what, remedy, details=str(error))
         return StageError(call.stage, one_line(error))
+
+    def offer(self, value: Any) -> DriverPayload | None:
+        return DriverPayload(value) if num_bytes(value) > object_store.SMALL_BYTES else None
 
     async def abort(self, request_id: str, stage: str) -> None:
         waiting = self._waiting.get((request_id, stage))

@@ -199,7 +199,7 @@ def test_a_stage_that_cannot_load_is_1(omni: Omni) -> None:
         (["broken.yaml", "--prompts", "empty"], "--prompts empty: holds no prompt; write one per line"),
         (["broken.yaml", "--prompts", "binary"], "--prompts binary: is not UTF-8 text"),
         (["broken.yaml", "--n", "0"], "--n 0: must be at least 1"),
-        (["broken.yaml", "--n", "10001"], "--n 10001: 10001 requests are too many; at most 10000 run at once"),
+        (["broken.yaml", "--n", "5001"], "--n 5001: 5001 requests are too many; at most 5000 run at once"),
         (["broken.yaml", "--n", "100000000000"], "--n 100000000000: 100000000000 requests are too many"),
         (["broken.yaml", "--prompts", "three", "--n", "4000"], "--n 4000: 12000 requests are too many"),
         (["broken.yaml", "--seed", "-1"], "seed must be a whole number from 0 to 4294967295, not -1"),
