@@ -8,11 +8,12 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
 from omni.checkpoint import gather_facts
+from omni.choices import RunnerChoice
 from omni.errors import OmniError, PlanError, RequestAborted, RequestFailed, RunnerError
 from omni.graph import Graph, base_type
 from omni.hardware import load_hardware
@@ -33,7 +34,6 @@ from omni.runner.base import Runner
 from omni.spec import GraphSpec
 
 T = TypeVar("T")
-RunnerChoice = Literal["auto", "inline", "ray"]
 Report = Callable[[LoadProgress], None]
 START_SECONDS = 3600.0
 """Upper bound of a start, above the stages' own setup deadlines."""
