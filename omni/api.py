@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -25,16 +25,15 @@ from omni.messages import (
     Event,
     Failed,
     HopFinished,
-    LoadProgress,
     Request,
     StageFinished,
 )
 from omni.plan import Hardware, Plan, plan_graph
 from omni.runner.base import Runner
 from omni.spec import GraphSpec
+from omni.stage import Report
 
 T = TypeVar("T")
-Report = Callable[[LoadProgress], None]
 START_SECONDS = 3600.0
 """Upper bound of a start, above the stages' own setup deadlines."""
 STOP_SECONDS = 60.0
@@ -134,7 +133,8 @@ class AsyncOmni:
         self.loaded: LoadedGraph = load_graph(graph, overrides, base_dir)
         self._address = address
         self._choice: RunnerChoice = runner
-        self._plan = self._plan_ahead(hardware)
+        self.planned = self._plan_ahead(hardware)
+        """`plan`, or None while it is still to be made."""
         self._starting = asyncio.Lock()
         self._report = report
         self._runner: Runner | None = None
@@ -147,13 +147,9 @@ class AsyncOmni:
     @property
     def plan(self) -> Plan:
         """What runs where, and why. On a cluster that is joined, it is made at the start, of the nodes there."""
-        if self._plan is None:
+        if self.planned is None:
             raise RunnerError("the plan is made when Omni starts, of the nodes of the Ray cluster that it joins")
-        return self._plan
-
-    def notes(self) -> tuple[str, ...]:
-        """What to know of the hardware that was planned for; nothing while the plan is still to be made."""
-        return () if self._plan is None else self._plan.hardware.notes
+        return self.planned
 
     @property
     def runner(self) -> Runner:
@@ -187,12 +183,12 @@ class AsyncOmni:
 
     async def _start(self) -> Runner:
         async with contextlib.AsyncExitStack() as stack:
-            if self._plan is None:
+            if self.planned is None:
                 from omni.runner.ray_runner import joined
 
                 hardware = await stack.enter_async_context(joined(self._address))
-                self._plan = make_plan(self.graph, hardware, self._choice)
-            runner = build_runner(self._plan, self._address)
+                self.planned = make_plan(self.graph, hardware, self._choice)
+            runner = build_runner(self.planned, self._address)
             await runner.start(self._report)
             return runner
 

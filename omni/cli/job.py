@@ -64,7 +64,7 @@ def prepare(args: argparse.Namespace, report: Callable[[LoadProgress], None]) ->
         raise UsageError(f"--n {args.n}: must be at least 1")
     recipe = _read_recipe(args.graph, args.trust)
     omni = _load(args, recipe, report)
-    for note in omni.notes():
+    for note in omni.planned.hardware.notes if omni.planned is not None else ():
         print(f"warning: {note}", file=sys.stderr)
     given = _read_fields(args, omni, recipe)
     seed = args.seed if args.seed is not None else recipe.seed if recipe else random.SystemRandom().randrange(MAX_SEED)

@@ -11,10 +11,24 @@ from PIL import Image
 
 from omni.cli.main import main
 from omni.files import write_output
-from omni.recipe import Recipe, encode_recipe
+from omni.recipe import Recipe, encode_recipe, read_recipe
 from omni.testing import doubles
 
 Omni = Callable[..., Any]
+
+
+def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:
+    Path("there").mkdir()
+    code = (
+        "from PIL import Image\ndef paint(prompt: str) -> Image.Image:\n    return Image.new('L', (len(prompt), 1))\n"
+    )
+    Path("there/paint_of_run.py").write_text(code)
+    Path("there/g.yaml").write_text("stages: {paint: {kind: function, call: 'paint_of_run:paint'}}")
+    assert omni("run", "there/g.yaml", "--prompt", "abc", "-o", "a.png").code == 0
+    assert omni("run", "a.png", "--trust", "-o", "b.png").code == 0
+    with Image.open("a.png") as first, Image.open("b.png") as second:
+        assert first.size == second.size == (3, 1)
+    assert read_recipe("b.png").graph_path == "there/g.yaml"
 
 
 def test_a_picture_elsewhere_says_where_its_graph_was(omni: Omni) -> None:

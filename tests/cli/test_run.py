@@ -273,19 +273,6 @@ def test_notes_of_the_hardware_are_told(omni: Omni, monkeypatch: pytest.MonkeyPa
     assert json.loads(omni("plan", "text.yaml", "--json").out)["warnings"][0] == "a GPU is missing"
 
 
-def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:
-    Path("there").mkdir()
-    code = (
-        "from PIL import Image\ndef paint(prompt: str) -> Image.Image:\n    return Image.new('L', (len(prompt), 1))\n"
-    )
-    Path("there/paint_of_run.py").write_text(code)
-    Path("there/g.yaml").write_text("stages: {paint: {kind: function, call: 'paint_of_run:paint'}}")
-    assert omni("run", "there/g.yaml", "--prompt", "abc", "-o", "a.png").code == 0
-    assert omni("run", "a.png", "--trust", "-o", "b.png").code == 0
-    assert same("a.png", "b.png")
-    assert read_recipe("b.png").graph_path == "there/g.yaml"
-
-
 def test_no_path_is_kept_that_was_not_typed(omni: Omni, tmp_path: Path) -> None:
     Image.new("RGB", (3, 3)).save("photo.png")
     omni("run", "edit.yaml", "--input", "image=photo.png", "--prompt", "x", "-o", "a.png")

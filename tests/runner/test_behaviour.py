@@ -18,7 +18,6 @@ from omni.messages import (
     Failed,
     Final,
     HopFinished,
-    LoadProgress,
     Queued,
     StageFinished,
     StageProgress,
@@ -348,37 +347,6 @@ def test_a_run_past_its_deadline_fails_and_is_named(runner: str) -> None:
         assert events[-1].error.remedy == "raise stages.a.timeouts.run_seconds, or ask for less"
 
     run_graph(runner, stages, work)
-
-
-def test_a_stage_that_cannot_load_stops_the_start(runner: str) -> None:
-    async def main() -> None:
-        async with AsyncOmni({"stages": changed(CHAIN, "b", fail_in="setup")}, runner=runner):  # type: ignore[arg-type]
-            pytest.fail("must not start")
-
-    with pytest.raises(Exception, match="stage 'b': RuntimeError: the double fails in setup"):
-        asyncio.run(main())
-
-
-def test_all_of_loading_is_told_before_the_start_is_over(runner: str) -> None:
-    told: list[LoadProgress] = []
-
-    async def main() -> None:
-        async with AsyncOmni({"stages": CHAIN}, runner=runner, report=told.append):  # type: ignore[arg-type]
-            assert sorted(progress.stage for progress in told) == ["a", "b", "c"]
-
-    asyncio.run(asyncio.wait_for(main(), WAIT_SECONDS))
-
-
-def test_a_listener_that_raises_fails_the_start(runner: str) -> None:
-    def report(progress: LoadProgress) -> None:
-        raise ValueError("nobody listens")
-
-    async def main() -> None:
-        async with AsyncOmni({"stages": CHAIN}, runner=runner, report=report):  # type: ignore[arg-type]
-            pytest.fail("must not start")
-
-    with pytest.raises(Exception, match="nobody listens"):
-        asyncio.run(asyncio.wait_for(main(), WAIT_SECONDS))
 
 
 def test_two_requests_cannot_share_an_id(runner: str) -> None:
