@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
 from omni.checkpoint import gather_facts
+from omni.choices import RunnerChoice
 from omni.errors import OmniError, PlanError, RequestAborted, RequestFailed, RunnerError
 from omni.graph import Graph, base_type
 from omni.hardware import load_hardware
@@ -31,10 +32,9 @@ from omni.messages import (
 from omni.plan import Hardware, Plan, plan_graph
 from omni.runner.base import Runner
 from omni.spec import GraphSpec
+from omni.stage import Report
 
 T = TypeVar("T")
-RunnerChoice = Literal["auto", "inline", "ray"]
-Report = Callable[[LoadProgress], None]
 START_SECONDS = 3600.0
 """Upper bound of a start, above the stages' own setup deadlines."""
 STOP_SECONDS = 60.0
@@ -137,7 +137,8 @@ class AsyncOmni:
         self.loaded: LoadedGraph = load_graph(graph, overrides, base_dir)
         self._address = address
         self._choice: RunnerChoice = runner
-        self._plan = self._plan_ahead(hardware)
+        self.planned = self._plan_ahead(hardware)
+        """`plan`, or None while it is still to be made."""
         self._starting = asyncio.Lock()
         self._report = report
         self._runner: Runner | None = None
@@ -151,9 +152,9 @@ class AsyncOmni:
     @property
     def plan(self) -> Plan:
         """What runs where, and why. On a cluster that is joined, it is made at the start, of the nodes there."""
-        if self._plan is None:
+        if self.planned is None:
             raise RunnerError("the plan is made when Omni starts, of the nodes of the Ray cluster that it joins")
-        return self._plan
+        return self.planned
 
     @property
     def runner(self) -> Runner:
@@ -187,12 +188,12 @@ class AsyncOmni:
 
     async def _start(self) -> Runner:
         async with contextlib.AsyncExitStack() as stack:
-            if self._plan is None:
+            if self.planned is None:
                 from omni.runner.ray_runner import joined
 
                 hardware = await stack.enter_async_context(joined(self._address))
-                self._plan = make_plan(self.graph, hardware, self._choice)
-            runner = build_runner(self._plan, self._address)
+                self.planned = make_plan(self.graph, hardware, self._choice)
+            runner = build_runner(self.planned, self._address)
             await runner.start(self._hear)
             return runner
 

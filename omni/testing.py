@@ -43,8 +43,8 @@ class DoubleSpec(StageSpec, frozen=True, kw_only=True, tag="double"):
     """Computing time of a step: the double is busy, it does not sleep."""
     num_bytes: int = 0
     """Size of a tensor output, in bytes."""
-    fail_in: Literal["", "setup", "run", "die", "port"] = ""
-    """Where it fails: raises in setup or run, kills its process, or gives no output port."""
+    fail_in: Literal["", "setup", "run", "die", "port", "abort"] = ""
+    """Where it fails: raises in setup, run or abort, kills its process, or gives no output port."""
     fail_on: str = ""
     """Fail only for requests whose inputs contain this text; empty: always."""
     hold: bool = False
@@ -112,6 +112,11 @@ class DoubleStage(ThreadedStage):
         if spec.gives == "text":
             work.emit(TextDelta(text=digest))
         return {} if spec.fail_in == "port" and fails else {spec.gives: self._value(digest)}
+
+    async def abort(self, request_id: str) -> None:
+        if self.spec.fail_in == "abort":
+            raise RuntimeError("the double fails in abort")
+        await super().abort(request_id)
 
     def _last_step(self, call: StageCall, work: Work, fails: bool) -> None:
         if self.spec.writes_input:

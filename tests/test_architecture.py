@@ -50,7 +50,7 @@ LAYERS = (
     ),
     ("omni.spec",),
     ("omni.messages", "omni.media", "omni.memory", "omni.sizes"),
-    ("omni.errors",),
+    ("omni.errors", "omni.choices"),
 )
 """Top to bottom: a module imports from its own layer and those below. A dotted name stands for its submodules too."""
 

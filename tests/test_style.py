@@ -25,6 +25,7 @@ BROAD_EXCEPTS = {
     "omni/runner/base.py:_finish": "the same edge for reading the outputs",
     "omni/runner/process.py:_setup_one": "the edge to a stage's code: its error becomes a StageSetupError",
     "omni/runner/process.py:run": "the same edge for a run: its error becomes a StageError",
+    "omni/runner/process.py:abort": "the same edge for an abort, so that the run is given up after its grace",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
     "stages/function/stage.py:_await_call": "the same for an async function",

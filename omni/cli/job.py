@@ -14,7 +14,8 @@ import msgspec
 
 from omni.api import AsyncOmni
 from omni.cli.outputs import OutputPlan, plan_outputs
-from omni.errors import UsageError
+from omni.errors import GraphError, UsageError
+from omni.files import SUFFIXES
 from omni.inputs import MAX_SEED, is_media, parse_field
 from omni.load_flags import with_load_flags
 from omni.messages import LoadProgress, Request
@@ -29,6 +30,11 @@ from omni.recipe import (
     needs_trust,
     read_recipe,
 )
+
+MAX_REQUESTS = 5_000
+"""Of one run: all are made and run at once, and an actor has to have room for aborts beside them."""
+FORGETFUL_SUFFIXES = {*SUFFIXES["image"], *SUFFIXES["video"]} - {".png"}
+"""Pictures and clips that keep no recipe."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -58,22 +64,18 @@ def prepare(args: argparse.Namespace, report: Callable[[LoadProgress], None]) ->
     if args.n < 1:
         raise UsageError(f"--n {args.n}: must be at least 1")
     recipe = _read_recipe(args.graph, args.trust)
-    graph, base_dir = (recipe.graph, os.path.dirname(recipe.graph_path)) if recipe else (args.graph, None)
-    omni = AsyncOmni(
-        graph,
-        overrides=with_load_flags(args, graph, base_dir),
-        base_dir=base_dir,
-        runner=args.runner,
-        address=args.address,
-        hardware=args.hardware,
-        report=report,
-    )
-    for note in omni.plan.hardware.notes:
+    omni = _load(args, recipe, report)
+    for note in omni.planned.hardware.notes if omni.planned is not None else ():
         print(f"warning: {note}", file=sys.stderr)
     given = _read_fields(args, omni, recipe)
     seed = args.seed if args.seed is not None else recipe.seed if recipe else random.SystemRandom().randrange(MAX_SEED)
+    prompts = [None] if args.prompts is None else _read_prompts(args.prompts)
+    if args.n * len(prompts) > MAX_REQUESTS:
+        raise UsageError(
+            f"--n {args.n}: {args.n * len(prompts)} requests are too many; at most {MAX_REQUESTS} run at once"
+        )
     requests = []
-    for prompt in [None] if args.prompts is None else _read_prompts(args.prompts):
+    for prompt in prompts:
         fields = given.values if prompt is None else {**given.values, "prompt": prompt}
         for number in range(args.n):
             turn = (seed + number) % (MAX_SEED + 1) if 0 <= seed <= MAX_SEED else seed
@@ -85,7 +87,10 @@ def prepare(args: argparse.Namespace, report: Callable[[LoadProgress], None]) ->
 
 
 def _read_recipe(graph: str, trusted: bool) -> Recipe | None:
-    if Path(graph).suffix.lower() != ".png":
+    suffix = Path(graph).suffix.lower()
+    if suffix in FORGETFUL_SUFFIXES:
+        raise UsageError(f"{graph}: no graph file, and only .png files remember the graph that they were made with")
+    if suffix != ".png":
         return None
     recipe = read_recipe(graph)
     unsafe = needs_trust(recipe)
@@ -97,6 +102,25 @@ def _read_recipe(graph: str, trusted: bool) -> Recipe | None:
     if changed := changed_versions(recipe):
         print(f"{graph}: made with {', '.join(changed)}; the pixels may differ", file=sys.stderr)
     return recipe
+
+
+def _load(args: argparse.Namespace, recipe: Recipe | None, report: Callable[[LoadProgress], None]) -> AsyncOmni:
+    graph, base_dir = (recipe.graph, os.path.dirname(recipe.graph_path)) if recipe else (args.graph, None)
+    try:
+        return AsyncOmni(
+            graph,
+            overrides=with_load_flags(args, graph, base_dir),
+            base_dir=base_dir,
+            runner=args.runner,
+            address=args.address,
+            hardware=args.hardware,
+            report=report,
+        )
+    except GraphError as error:
+        if recipe is None:
+            raise
+        place = f"was {recipe.graph_path}, from the current folder" if recipe.graph_path else "is in its metadata"
+        raise UsageError(f"{args.graph}: its graph, which {place}, cannot be used:\n{error}") from error
 
 
 def _read_fields(args: argparse.Namespace, omni: AsyncOmni, recipe: Recipe | None) -> _Given:

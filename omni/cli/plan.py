@@ -9,10 +9,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from omni.choices import RunnerChoice
 from omni.cli.memory_table import COLUMNS, memory_document, memory_lines, memory_rows
-from omni.cli.run import RUNNERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan for other hardware than this machine: h200x8, h200x8x2 (two nodes), cpu16, or an inventory file",
     )
     parser.add_argument("--set", metavar="PATH=VALUE", action="append", default=[], help="change a value of the graph")
-    parser.add_argument("--runner", choices=RUNNERS, default="auto", help="override the choice")
+    parser.add_argument("--runner", choices=get_args(RunnerChoice), default="auto", help="override the choice")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--svg", metavar="FILE", help="also draw the graph into this file")
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from omni.choices import RunnerChoice
 from omni.load_flags import add_load_flags
 
 if TYPE_CHECKING:
     from omni.cli.execution import Outcome
     from omni.plan import Plan
-
-RUNNERS = ("auto", "inline", "ray")
-"""omni.api.RunnerChoice, which takes long to import; tests compare them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--set", metavar="PATH=VALUE", action="append", default=[], help="change the graph: stages.draw.call.height=512"
     )
-    how.add_argument("--runner", choices=RUNNERS, default="auto", help="override the planner's choice")
+    how.add_argument("--runner", choices=get_args(RunnerChoice), default="auto", help="override the planner's choice")
     how.add_argument("--hardware", metavar="NAME", help="plan for a preset or inventory file instead of this machine")
     how.add_argument("--address", metavar="ADDRESS", help="an existing Ray cluster (or set RAY_ADDRESS)")
     add_load_flags(how)

@@ -36,11 +36,11 @@ SETUP = -1
 
 
 class RunEnd(Message, frozen=True, kw_only=True):
-    """How a run ended."""
+    """How a run, or the setup, ended."""
 
     num_streamed: int
     """Events of the run that went through `events`; they may still be on their way."""
-    events: tuple[Event, ...]
+    events: tuple[Any, ...]
     """Those that did not, in order."""
     error: OmniError | None = None
     produced_at: float = 0.0
@@ -81,6 +81,8 @@ class StageActor:
         self._early_aborts: dict[int, None] = {}
         self._large: dict[int, Payload] = {}
         self._outbox: list[tuple[int, Event | LoadProgress]] = []
+        self._num_streamed: dict[int, int] = {}
+        """Number of a run that goes on -> how many of its events have left through `events`."""
         self._has_mail = asyncio.Event()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -91,15 +93,16 @@ class StageActor:
             batch, self._outbox = self._outbox, []
             self._has_mail.clear()
             for number, _ in batch:
-                if number in self._runs:
-                    self._runs[number].num_streamed += 1
+                if number in self._num_streamed:
+                    self._num_streamed[number] += 1
             if batch:
                 yield pickle.dumps(batch)
 
     async def setup(self) -> bytes:
-        """Set up all stages, with LoadProgress in `events`. The pickled OmniError that stopped it, or None."""
+        """Set up all stages, with LoadProgress in `events`; a pickled RunEnd."""
         loop = asyncio.get_running_loop()
         error: OmniError | None = None
+        self._num_streamed[SETUP] = 0
         try:
             await self._local.setup(lambda progress: _call_from_thread(loop, self._put, SETUP, progress))
         except Exception as caught:  # the actor's edge
@@ -107,13 +110,14 @@ class StageActor:
         # Models and modules stay for good. Looking through them again and again for garbage would hold up small hops.
         gc.collect()
         gc.freeze()
-        return pickle.dumps(error)
+        return pickle.dumps(self._end(SETUP, error))
 
     async def run(self, data: bytes | RunMessage, *arguments: Payload) -> bytes:
         """Run one stage; a pickled RunEnd. `data` is a RunMessage, pickled."""
         message: RunMessage = pickle.loads(data) if isinstance(data, bytes) else data
         number, call = message.number, message.call
         run = self._runs[number] = _Run(call, aborted=number in self._early_aborts)
+        self._num_streamed[number] = 0
         self._early_aborts.pop(number, None)
         produced, error = None, None
         try:
@@ -124,9 +128,7 @@ class StageActor:
             error = _told(call.stage, caught)
         finally:
             del self._runs[number]
-            events = tuple(event for owner, event in self._outbox if owner == number)
-            self._outbox = [mail for mail in self._outbox if mail[0] != number]
-        end = RunEnd(num_streamed=run.num_streamed, events=events, error=error)  # type: ignore[arg-type]
+            end = self._end(number, error)
         if produced is not None:
             packed = object_store.pack(produced.payload) if call.send else None
             is_large = call.send and packed is None
@@ -134,6 +136,12 @@ class StageActor:
                 self._large[number] = produced.payload
             end = msgspec.structs.replace(end, produced_at=produced.produced_at, packed=packed, is_large=is_large)
         return pickle.dumps(end)
+
+    def _end(self, number: int, error: OmniError | None) -> RunEnd:
+        """How a run ended; its events that have not gone off come along."""
+        events = tuple(event for owner, event in self._outbox if owner == number)
+        self._outbox = [mail for mail in self._outbox if mail[0] != number]
+        return RunEnd(num_streamed=self._num_streamed.pop(number), events=events, error=error)
 
     async def take(self, number: int) -> tuple[None, Payload]:
         """The large payload of a run that ended, once. The first result says that the second could be written."""
@@ -197,7 +205,6 @@ class _Run:
         self.call = call
         self.aborted = aborted
         self.abandoned = False
-        self.num_streamed = 0
 
 
 def _told(stage: str, error: Exception) -> OmniError:

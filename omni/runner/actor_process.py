@@ -22,12 +22,12 @@ from ray.exceptions import (
 )
 
 from omni.errors import OmniError, RequestAborted, StageDiedError, StageError, StageSetupError, one_line
-from omni.messages import Event, Payload
+from omni.messages import Event, LoadProgress, Payload
 from omni.runner.actor import SETUP, RunEnd, RunMessage, StageActor, Vitals
-from omni.runner.base import Delivered, StageProcess
-from omni.runner.process import Collected, RunCall, StageLaunch, Value
+from omni.runner.process import Collected, Delivered, RunCall, StageLaunch, StageProcess, Value
 from omni.stage import Report
 from omni.transport import object_store
+from omni.transport.payload import num_bytes
 
 MAX_CONCURRENCY = 10_000
 """Calls that an actor takes at once: high, so that aborts and pings never wait for runs."""
@@ -41,9 +41,12 @@ DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 class DriverPayload:
-    """A payload made in the driver. It goes into the object store once, when the first actor is to read it."""
+    """A payload made in the driver, or a large value of a request.
 
-    def __init__(self, payload: Payload) -> None:
+    It goes into the object store once, when the first actor is to read it.
+    """
+
+    def __init__(self, payload: Any) -> None:
         self.payload = payload
         self._stored: asyncio.Task[Any] | None = None
 
@@ -103,10 +106,8 @@ class ActorProcess(StageProcess):
         try:
             async with asyncio.timeout(seconds):
                 life = _Life(await asyncio.to_thread(self._create))
-                listening = asyncio.create_task(self._listen(life, report))
-                failure: OmniError | None = pickle.loads(await life.actor.setup.remote())
-            if failure is not None:
-                raise failure
+                listening = asyncio.create_task(self._listen(life))
+                await _set_up(life, report)
         except BaseException as error:
             if listening is not None:
                 listening.cancel()
@@ -124,14 +125,12 @@ class ActorProcess(StageProcess):
         remote = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=MAX_CONCURRENCY, **self._options)
         return remote(StageActor).remote(self._launches, self._num_threads)
 
-    async def _listen(self, life: _Life, report: Report) -> None:
+    async def _listen(self, life: _Life) -> None:
         """Hand out the actor's events. They end with its death, which is noticed so at once, also when nothing runs."""
         with contextlib.suppress(RayError):
             async for ref in life.actor.events.remote():
                 for number, item in pickle.loads(ray.get(ref)):  # it is here; `await` would cost a turn of the loop
-                    if number == SETUP:
-                        report(item)
-                    elif number in life.inboxes:
+                    if number in life.inboxes:
                         life.inboxes[number].put_nowait(item)
         life.is_silent = True
         self._bury(life)
@@ -169,21 +168,21 @@ class ActorProcess(StageProcess):
         number = self._runs[key] = next(self._numbers)
         if call.keep:
             self._kept.add(key)
-        inbox = life.inboxes[number] = asyncio.Queue()
+        life.inboxes[number] = asyncio.Queue()
         result: Any = None
+        end: RunEnd | None = None
+        delivered = False
         try:
             result = await _submit(life.actor, number, call, sent)
-            ended, loop = result.future(), asyncio.get_running_loop()
-            ended.add_done_callback(lambda _: loop.call_soon_threadsafe(inbox.put_nowait, None))
-            num_events, end = 0, None
-            # Events may come after the end.
-            while end is None or (num_events < end.num_streamed and not life.is_silent):
-                item = await inbox.get()
-                if item is not None:
-                    num_events += 1
-                    yield item
-                elif ended.done():  # None: the run has ended, or the actor is silent
-                    end, result = _end_of(ended), None
+            async with contextlib.aclosing(_hear(life, number, result)) as items:
+                async for item in items:
+                    if isinstance(item, RunEnd):
+                        end = item
+                    else:
+                        yield item
+                    del item
+            result = None
+            assert end is not None, "the end comes last, or an error"
             payload: Any = end.packed
             if end.is_large:
                 written, payload = life.actor.take.options(num_returns=2).remote(number)
@@ -196,6 +195,7 @@ class ActorProcess(StageProcess):
                     raise failure
                 finally:
                     del failure  # error and frame would keep each other alive, and `sent` with them
+            delivered = True
             yield Delivered(process=self.name, produced_at=produced_at, ref=payload)
         except RayError as error:
             raise self._translate(call, life, error) from error
@@ -203,6 +203,8 @@ class ActorProcess(StageProcess):
             del self._runs[key], life.inboxes[number]
             if result is not None:
                 life.actor.abandon.remote(number)
+            if not delivered:  # nobody will free what a failed run has kept
+                self.free(call.request_id, call.stage)
 
     def _translate(self, call: RunCall, life: _Life, error: RayError) -> OmniError:
         """What Ray's error means for the run."""
@@ -219,6 +221,9 @@ class ActorProcess(StageProcess):
                 what = f"its process was killed because a run of stage '{life.stuck_stage}' did not stop in time"
             return StageDiedError(call.stage, what, remedy, details=str(error))
         return StageError(call.stage, one_line(error))
+
+    def offer(self, value: Any) -> DriverPayload | None:
+        return DriverPayload(value) if num_bytes(value) > object_store.SMALL_BYTES else None
 
     async def abort(self, request_id: str, stage: str) -> None:
         waiting = self._waiting.get((request_id, stage))
@@ -254,7 +259,7 @@ class _Life:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self.inboxes: dict[int, asyncio.Queue[Event | None]] = {}
+        self.inboxes: dict[int, asyncio.Queue[Event | LoadProgress | None]] = {}
         """Number of a run -> its events."""
         self.is_silent = False
         """No further events will come."""
@@ -262,10 +267,38 @@ class _Life:
         """The stage whose run did not stop, so that the actor was killed."""
 
 
-def _end_of(ended: Future[Any]) -> RunEnd:
-    """How a run ended. Raises RayError when its process died or the payload could not be written."""
-    end: RunEnd = pickle.loads(ended.result())
-    return end
+async def _hear(life: _Life, number: int, result: Any) -> AsyncGenerator[Any, None]:
+    """What a run (events) or the setup (LoadProgress) tells as it goes on, then its RunEnd.
+
+    Raises RayError when the process died or the payload could not be written.
+    """
+    inbox, loop = life.inboxes[number], asyncio.get_running_loop()
+    ended: Future[Any] = result.future()
+    ended.add_done_callback(lambda _: loop.call_soon_threadsafe(inbox.put_nowait, None))
+    num_events = 0
+    end: RunEnd | None = None
+    # Events may come after the end.
+    while end is None or (num_events < end.num_streamed and not life.is_silent):
+        item = await inbox.get()
+        if item is not None:
+            num_events += 1
+            yield item
+        elif ended.done():  # None: the run has ended, or the actor is silent
+            end = pickle.loads(ended.result())
+    yield end
+
+
+async def _set_up(life: _Life, report: Report) -> None:
+    """Set up the stages of an actor. Raises what stopped it, RayError, and what `report` raises."""
+    life.inboxes[SETUP] = asyncio.Queue()
+    async with contextlib.aclosing(_hear(life, SETUP, life.actor.setup.remote())) as items:
+        async for item in items:
+            for progress in item.events if isinstance(item, RunEnd) else (item,):
+                report(progress)
+    del life.inboxes[SETUP]
+    assert isinstance(item, RunEnd), "the end comes last, or an error"
+    if item.error is not None:
+        raise item.error
 
 
 async def read(ref: Any) -> Payload:

@@ -20,56 +20,13 @@ from omni.errors import RequestAborted, RunnerError, StageError, one_line
 from omni.flow import AbortStage, Action, Finish, Flow, FreePayload, RunStage
 from omni.graph import FromRequest, FromStage, Gather, Graph
 from omni.messages import Aborted, Done, Event, Failed, Final, Payload, Queued, Request, StageStarted
-from omni.plan import Plan
+from omni.plan import DRIVER, Plan
 from omni.registry import find_kind_of
-from omni.runner.process import Collected, Port, RunCall, StageLaunch, Value, timeout_error
+from omni.runner.process import Collected, Delivered, Port, RunCall, StageLaunch, StageProcess, Value, timeout_error
 from omni.stage import Report, StageContext
 
 FETCH_SECONDS = 600.0
 """How long reading a graph output out of its process may take."""
-
-
-class Delivered(msgspec.Struct, frozen=True):
-    """What the driver holds for a payload: `ref` is the payload itself or a reference that processes can read."""
-
-    process: str
-    produced_at: float
-    ref: Any
-
-
-class StageProcess(ABC):
-    """The driver's view of one process that hosts stages."""
-
-    @abstractmethod
-    async def setup(self, report: Report) -> None:
-        """Bring up the process and all its stages."""
-
-    async def ready(self, request_id: str, stage: str) -> None:
-        """Wait until a run may begin, outside its deadline; a dead process is replaced. `abort` ends the wait too."""
-
-    @abstractmethod
-    def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
-        """Run one stage: events, then what was delivered. `sent` are the `ref`s that the call's ports index."""
-
-    @abstractmethod
-    async def abort(self, request_id: str, stage: str) -> None:
-        """Ask a running stage to stop."""
-
-    @abstractmethod
-    async def give_up(self, stage: str) -> None:
-        """A run neither ended nor stopped in time: make sure that it does no more harm."""
-
-    @abstractmethod
-    async def fetch(self, ref: Any) -> Payload:
-        """Bring a delivered payload into the driver."""
-
-    @abstractmethod
-    def free(self, request_id: str, stage: str) -> None:
-        """Drop a payload that the process keeps."""
-
-    @abstractmethod
-    async def teardown(self) -> None:
-        """Stop the process. Never raises for a process that is already gone."""
 
 
 class _Use(msgspec.Struct, frozen=True):
@@ -87,6 +44,8 @@ class _RequestState:
         self.request = request
         self.flow = Flow(graph)
         self.payloads: dict[str, Delivered] = {}
+        self.offered: dict[str, Any] = {}
+        """Field of the request -> what processes elsewhere are sent for its value, or None; see StageProcess.offer."""
         self.runs: dict[str, asyncio.Task[None]] = {}
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.started_at = time.perf_counter()
@@ -295,6 +254,7 @@ class Runner(ABC):
         try:
             self._free(state, freed)
         finally:
+            state.offered.clear()
             self._requests.pop(request_id, None)
             state.hear(final)
             state.over.set()
@@ -322,14 +282,24 @@ class Runner(ABC):
 
     def _build_call(self, state: _RequestState, stage: str) -> tuple[RunCall, tuple[Any, ...]]:
         home = self._process_of[stage]
-        sent: dict[str, int] = {}
+        sent: dict[FromRequest | str, Any] = {}
         inputs: dict[str, Value | Port | Collected] = {}
+
+        def send(key: FromRequest | str, ref: Any) -> int:
+            sent.setdefault(key, ref)
+            return list(sent).index(key)
 
         def resolve(source: FromRequest | FromStage) -> Value | Port:
             if isinstance(source, FromRequest):
-                return Value(value=state.request.inputs[source.field])
+                value = state.request.inputs[source.field]
+                if home == DRIVER:  # the value is there
+                    return Value(value=value)
+                if source.field not in state.offered:
+                    state.offered[source.field] = self._processes[home].offer(value)
+                offered = state.offered[source.field]
+                return Value(value=value) if offered is None else Value(sent=send(source, offered))
             delivered = state.payloads[source.stage]
-            index = None if delivered.process == home else sent.setdefault(source.stage, len(sent))
+            index = None if delivered.process == home else send(source.stage, delivered.ref)
             return Port(stage=source.stage, port=source.port, produced_at=delivered.produced_at, sent=index)
 
         def is_there(source: FromRequest | FromStage) -> bool:
@@ -354,7 +324,7 @@ class Runner(ABC):
             keep=use.keep,
             send=use.send,
         )
-        return call, tuple(state.payloads[source].ref for source in sent)
+        return call, tuple(sent.values())
 
     def _use_of(self, stage: str) -> _Use:
         home = self._process_of[stage]

@@ -9,8 +9,8 @@ from typing import Any
 from omni.errors import StageError
 from omni.messages import Event, Payload
 from omni.plan import DRIVER
-from omni.runner.base import Delivered, Runner, StageProcess
-from omni.runner.process import LocalProcess, Produced, RunCall, StageLaunch
+from omni.runner.base import Runner
+from omni.runner.process import Delivered, LocalProcess, Produced, RunCall, StageLaunch, StageProcess
 from omni.stage import Report, Stage
 
 

@@ -1,4 +1,5 @@
-"""The stages of one process: sets them up, runs them, and holds the payloads that stay in the process.
+"""The stages of one process, and how the driver sees them: `StageProcess` is the interface to a process,
+`LocalProcess` sets its stages up, runs them, and holds the payloads that stay there.
 
 The inline runner has one LocalProcess in the driver; each Ray actor is a thin shell around one. This is one of the
 three edges where any exception of a stage is caught and becomes a StageError.
@@ -10,6 +11,7 @@ import asyncio
 import os
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,9 @@ class StageLaunch(msgspec.Struct, frozen=True):
 class Value(Message, frozen=True, kw_only=True):
     """An input that comes with the call: a field of the request."""
 
-    value: Any
+    value: Any = None
+    sent: int | None = None
+    """Index among what is sent with the call: a large value is there instead."""
 
 
 class Port(Message, frozen=True, kw_only=True):
@@ -102,6 +106,54 @@ class Produced(Message, frozen=True, kw_only=True):
 
     payload: Payload
     produced_at: float
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    """What the driver holds for a payload: `ref` is the payload itself or a reference that processes can read."""
+
+    process: str
+    produced_at: float
+    ref: Any
+
+
+class StageProcess(ABC):
+    """The driver's view of one process that hosts stages."""
+
+    @abstractmethod
+    async def setup(self, report: Report) -> None:
+        """Bring up the process and all its stages."""
+
+    async def ready(self, request_id: str, stage: str) -> None:
+        """Wait until a run may begin, outside its deadline; a dead process is replaced. `abort` ends the wait too."""
+
+    @abstractmethod
+    def run(self, call: RunCall, sent: tuple[Any, ...]) -> AsyncGenerator[Event | Delivered, None]:
+        """Run one stage: events, then what was delivered. `sent` are the `ref`s that the call's ports index."""
+
+    def offer(self, value: Any) -> Any:
+        """What `run` is sent for a value of a request, so that it crosses once for all its readers; None: it goes
+        along in each call. The same for every process but the driver."""
+        return None
+
+    @abstractmethod
+    async def abort(self, request_id: str, stage: str) -> None:
+        """Ask a running stage to stop."""
+
+    @abstractmethod
+    async def give_up(self, stage: str) -> None:
+        """A run neither ended nor stopped in time: make sure that it does no more harm."""
+
+    @abstractmethod
+    async def fetch(self, ref: Any) -> Payload:
+        """Bring a delivered payload into the driver."""
+
+    @abstractmethod
+    def free(self, request_id: str, stage: str) -> None:
+        """Drop a payload that the process keeps."""
+
+    @abstractmethod
+    async def teardown(self) -> None:
+        """Stop the process. Never raises for a process that is already gone."""
 
 
 class LocalProcess:
@@ -191,7 +243,7 @@ class LocalProcess:
         self, call: RunCall, port: str, source: Value | Port | Collected, sent: tuple[Payload, ...], seconds: float
     ) -> tuple[Any, list[HopFinished]]:
         if isinstance(source, Value):
-            return source.value, []
+            return source.value if source.sent is None else sent[source.sent], []
         if isinstance(source, Collected):
             values: list[Any] = []
             collected: list[HopFinished] = []
@@ -227,8 +279,11 @@ class LocalProcess:
         return self._stages[stage].is_blocked()
 
     async def abort(self, request_id: str, stage: str) -> None:
-        """Make a running stage stop; its run ends with RequestAborted."""
-        await self._stages[stage].abort(request_id)
+        """Make a running stage stop; its run ends with RequestAborted. Raises StageError when the stage cannot."""
+        try:
+            await self._stages[stage].abort(request_id)
+        except Exception as error:
+            raise StageError(stage, one_line(error), details=traceback.format_exc()) from error
 
     def free(self, request_id: str, stage: str) -> None:
         """Drop a payload that was kept here."""

@@ -22,9 +22,9 @@ from omni.messages import Event, Payload
 from omni.placement import SMALLEST_CPUS
 from omni.plan import DRIVER, Plan, ProcessPlan
 from omni.runner.actor_process import ActorProcess, DriverPayload, lost_input, read
-from omni.runner.base import Delivered, Runner, StageProcess
+from omni.runner.base import Runner
 from omni.runner.inline import DriverProcess
-from omni.runner.process import RunCall, StageLaunch
+from omni.runner.process import Delivered, RunCall, StageLaunch, StageProcess
 from omni.runner.ray_environment import Cluster, connect, disconnect
 
 PLACEMENT_SECONDS = 60.0

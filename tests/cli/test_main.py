@@ -7,14 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 import omni.cli.validate
-from omni.api import RunnerChoice
 from omni.cli.main import COMMANDS, build_parser
-from omni.cli.run import RUNNERS
 from omni.errors import RunnerError, StageError, UsageError
 
 LIGHT = """
@@ -111,10 +108,6 @@ def test_a_closed_pipe_is_quiet(root: Path) -> None:
     command = f"{sys.executable} -c 'from omni.cli.main import entry; entry()' schema | head -c 10"
     ran = subprocess.run(command, shell=True, cwd=root, capture_output=True, text=True, check=False)
     assert (len(ran.stdout), ran.stderr) == (10, "")
-
-
-def test_the_runners_are_those_of_the_api() -> None:
-    assert get_args(RunnerChoice) == RUNNERS
 
 
 def test_help_in_the_docs_is_the_help(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

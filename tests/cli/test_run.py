@@ -211,17 +211,22 @@ def test_a_stage_that_cannot_load_is_1(omni: Omni) -> None:
         (["broken.yaml", "--prompts", "empty"], "--prompts empty: holds no prompt; write one per line"),
         (["broken.yaml", "--prompts", "binary"], "--prompts binary: is not UTF-8 text"),
         (["broken.yaml", "--n", "0"], "--n 0: must be at least 1"),
+        (["broken.yaml", "--n", "5001"], "--n 5001: 5001 requests are too many; at most 5000 run at once"),
+        (["broken.yaml", "--n", "100000000000"], "--n 100000000000: 100000000000 requests are too many"),
+        (["broken.yaml", "--prompts", "three", "--n", "4000"], "--n 4000: 12000 requests are too many"),
         (["broken.yaml", "--seed", "-1"], "seed must be a whole number from 0 to 4294967295, not -1"),
         (["broken.yaml", "-o", "a.mp4"], "--output a.mp4: the graph gives image (image); allowed suffixes:"),
         (["broken.yaml", "-o", "gone/a.png"], "gone: no such folder"),
         (["edit.yaml", "--input", "image=gone.jpg"], "cannot read gone.jpg: No such file or directory"),
         (["edit.yaml", "--input", "image=edit.yaml"], "edit.yaml is not a picture that can be read"),
+        (["binary.JPG"], "binary.JPG: no graph file, and only .png files remember the graph that they were made with"),
         (["binary.png"], "cannot read binary.png: not a PNG picture"),
         (["broken.yaml", "--prompt", "\udcff"], "input 'prompt' is not valid UTF-8 text: '\\udcff'"),
     ],
 )
 def test_mistakes_are_2_and_one_line(omni: Omni, arguments: list[str], message: str) -> None:
     Path("empty").write_text("# nothing\n\n")
+    Path("three").write_text("a\nb\nc\n")
     Path("binary").write_bytes(b"\xff\xfe\x00")
     Path("binary.png").write_bytes(b"\xff\xfe\x00")
     before = set(Path().iterdir())
@@ -278,19 +283,6 @@ def test_notes_of_the_hardware_are_told(omni: Omni, monkeypatch: pytest.MonkeyPa
     assert "warning: a GPU is missing\n" in omni("run", "text.yaml", "--prompt", "x").err
     assert "warning: a GPU is missing\n" in omni("plan", "text.yaml").out
     assert json.loads(omni("plan", "text.yaml", "--json").out)["warnings"][0] == "a GPU is missing"
-
-
-def test_relative_paths_of_the_graph_stay_where_they_were(omni: Omni) -> None:
-    Path("there").mkdir()
-    code = (
-        "from PIL import Image\ndef paint(prompt: str) -> Image.Image:\n    return Image.new('L', (len(prompt), 1))\n"
-    )
-    Path("there/paint_of_run.py").write_text(code)
-    Path("there/g.yaml").write_text("stages: {paint: {kind: function, call: 'paint_of_run:paint'}}")
-    assert omni("run", "there/g.yaml", "--prompt", "abc", "-o", "a.png").code == 0
-    assert omni("run", "a.png", "--trust", "-o", "b.png").code == 0
-    assert same("a.png", "b.png")
-    assert read_recipe("b.png").graph_path == "there/g.yaml"
 
 
 def test_no_path_is_kept_that_was_not_typed(omni: Omni, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from omni.errors import OmniError, RequestAborted, StageError, StageSetupError
-from omni.messages import LoadProgress, StageFinished, StageProgress, StageStarted
-from omni.runner.actor import MAX_EARLY_ABORTS, SETUP, RunEnd, RunMessage, StageActor
+from omni.messages import StageFinished, StageProgress, StageStarted
+from omni.runner.actor import MAX_EARLY_ABORTS, RunEnd, RunMessage, StageActor
 from omni.runner.process import Port, RunCall, StageLaunch, Value
 from omni.stage import StageContext
 from omni.testing import DoubleSpec
@@ -48,7 +48,9 @@ async def end_of(stage: StageActor, data: bytes, *arguments: Any) -> RunEnd:
 
 
 async def ready(stage: StageActor) -> StageActor:
-    assert pickle.loads(await stage.setup()) is None
+    end = pickle.loads(await stage.setup())
+    assert end.error is None
+    assert [progress.state for progress in end.events] == ["ready"]
     return stage
 
 
@@ -72,7 +74,6 @@ async def test_events_of_a_long_run_are_streamed_and_counted() -> None:
     streamed: list[Any] = []
     while not any(isinstance(event, StageProgress) and event.step == 2 for _, event in streamed):
         streamed += pickle.loads(await asyncio.wait_for(anext(stream), 30))
-    assert all(isinstance(event, LoadProgress) for number, event in streamed if number == SETUP)
     events = [event for number, event in streamed if number == 4]
     assert isinstance(events[0], StageStarted)
     await stage.abort(4)
@@ -153,7 +154,7 @@ async def test_failures_are_part_of_the_end() -> None:
     assert type(error) is StageError
     assert error.cause == "RuntimeError: the double fails in run"
     assert "Traceback" in error.details
-    assert type(pickle.loads(await actor(fail_in="setup").setup())) is StageSetupError
+    assert type(pickle.loads(await actor(fail_in="setup").setup()).error) is StageSetupError
 
 
 async def test_an_input_that_was_lost_is_named() -> None:

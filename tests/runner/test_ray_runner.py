@@ -23,6 +23,7 @@ from omni.testing import digest_of, doubles
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 WAIT_SECONDS = 60
 BIG = 4_000_000
+INPUTS = {"image": "image", "extra": "image"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +37,9 @@ def double(inputs: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any
     return {"kind": "double", "inputs": inputs or {}, "ports": ports, **fields}
 
 
-def run_graph(stages: dict[str, Any], work: Callable[[AsyncOmni], Awaitable[Any]]) -> Any:
+def run_graph(stages: dict[str, Any], work: Callable[[AsyncOmni], Awaitable[Any]], **options: Any) -> Any:
     async def main() -> Any:
-        async with AsyncOmni({"stages": stages}, runner="ray") as omni:
+        async with AsyncOmni({"stages": stages, **options}, runner="ray") as omni:
             return await asyncio.wait_for(work(omni), WAIT_SECONDS)
 
     return asyncio.run(main())
@@ -261,18 +262,44 @@ def test_nothing_of_a_request_stays_in_the_store() -> None:
     run_graph(stages, work)
 
 
-def test_a_large_image_in_a_request() -> None:
+def test_a_large_value_of_a_request_is_stored_once_for_all_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
     image = Image.effect_noise((1500, 1000), 80).convert("RGB")
-    stages = {"a": double({"image": "image"})}
+    small = Image.new("RGB", (4, 2), "red")
+    stages = {
+        "a": double({"image": "image"}),
+        "b": double({"image": "image", "x": "a.text"}),
+        "c": double({"images": ["image", "extra"], "x": "a.text"}),
+        "here": double({"image": "image"}, model=False),
+    }
+    stored: list[Any] = []
+    put = ray.put
+
+    def count(value: Any, **options: Any) -> Any:
+        stored.append(value)
+        return put(value, **options)
+
+    monkeypatch.setattr(ray, "put", count)
 
     async def work(omni: AsyncOmni) -> Any:
-        return (await omni.generate(image=image, seed=1)).text
+        return (await omni.generate(image=image, extra=small, seed=1)).outputs
+
+    async def on_ray(omni: AsyncOmni) -> Any:
+        assert omni.plan.stage("here").process == "driver"
+        store = ray.cluster_resources()["object_store_memory"]
+        outputs = await work(omni)
+        await eventually(lambda: ray.available_resources()["object_store_memory"] == store)
+        return outputs
 
     async def inline() -> Any:
-        async with AsyncOmni({"stages": stages}, runner="inline") as omni:
+        async with AsyncOmni({"stages": stages, "inputs": INPUTS}, runner="inline") as omni:
             return await work(omni)
 
-    assert run_graph(stages, work) == asyncio.run(inline())
+    outputs = run_graph(stages, on_ray, inputs=INPUTS)
+    assert len(stored) == 1
+    stored.clear()
+    assert outputs == asyncio.run(inline())
 
 
 def test_a_payload_that_cannot_cross_is_told_as_its_producers_fault() -> None:
@@ -286,6 +313,37 @@ def test_a_payload_that_cannot_cross_is_told_as_its_producers_fault() -> None:
             await omni.generate(seed=1)
         assert caught.value.error.stage == "a"
         assert caught.value.error.cause.startswith("its payload cannot cross processes: TypeError: cannot pickle")
+
+    run_graph(stages, work)
+
+
+class Stubborn:
+    """Pickles at home only."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("this one stays here")
+
+
+def give_stubborn(prompt: str) -> Any:
+    """A payload for readers here and elsewhere that cannot be sent."""
+    return {"thing": Stubborn(), "padding": b"0" * 100_000 if prompt == "big" else b""}
+
+
+@pytest.mark.parametrize("size", ["small", "big"])
+def test_a_run_that_fails_keeps_nothing_in_its_process(size: str) -> None:
+    call = f"{__name__}:give_stubborn"
+    stages = {
+        "a": {"kind": "function", "call": call, "outputs": {"thing": "any", "padding": "any"}, "isolation": "actor"},
+        "near": double({"x": "a.thing"}, model=False),
+        "far": double({"x": "a.padding"}),
+    }
+
+    async def work(omni: AsyncOmni) -> None:
+        assert omni.plan.stage("near").process == omni.plan.stage("a").process
+        with pytest.raises(RequestFailed, match="this one stays here"):
+            await omni.generate(prompt=size, seed=1)
+        await eventually_idle(omni, "a")
+        assert not process_of(omni, "a")._kept
 
     run_graph(stages, work)
 
