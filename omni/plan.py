@@ -8,6 +8,7 @@ import msgspec
 
 from omni.budgets import build_claim, plan_memories
 from omni.checkpoint import CheckpointFacts
+from omni.choices import RunnerChoice
 from omni.errors import PlanError
 from omni.graph import Edge, Graph
 from omni.hardware import Gpu, Hardware, Node
@@ -106,7 +107,7 @@ def plan_graph(
     graph: Graph,
     hardware: Hardware,
     facts: dict[str, CheckpointFacts],
-    runner: Literal["auto", "inline", "ray"] = "auto",
+    runner: RunnerChoice = "auto",
 ) -> Plan:
     """Place every stage of `graph` on `hardware`.
 

@@ -95,7 +95,7 @@ def find_class(component: Component) -> Any:
 
 
 def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
-    """Omni's load policy, all components at once, to the stage's target; every page is touched."""
+    """Omni's load policy, all components at once, to the stage's target; every page that may be only mapped is touched."""
     load, request = (import_string(f"{job.policy}:{name}") for name in ("load_components", "ComponentRequest"))
     requests = [
         request(
@@ -115,7 +115,8 @@ def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
 
     def load_all() -> dict[str, Any]:
         modules: dict[str, Any] = load(requests, spec, lambda name, done, total: None)
-        touch(modules)
+        if job.target == "device":  # a host master is filled, nothing of it is only mapped
+            touch(modules)
         return modules
 
     return load_all

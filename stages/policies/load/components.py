@@ -121,6 +121,9 @@ class Load:
                     blueprint.finish()
                 if blueprint.request.target == "device":
                     blueprint.module.to(blueprint.request.device)
+            if torch.cuda.is_available():
+                for _, memory in self._memories:
+                    memory.pin()
         except BaseException:
             for _, memory in self._memories:
                 memory.close()
@@ -145,8 +148,6 @@ class Load:
             tensors, memory = allocate_host(fresh)
             if request.target == "host":
                 self._memories.append((blueprint.module, memory))
-                if torch.cuda.is_available():  # before it is filled: registering makes the pages, with all threads
-                    memory.pin()
         else:
             tensors = allocate_device(fresh, torch.device(request.device))
         return {**mapped, **tensors}

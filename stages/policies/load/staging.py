@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -58,20 +59,26 @@ class Link(abc.ABC):
 
 
 class CudaLink(Link):
-    """A CUDA stream of its own. Other dtypes are converted on the GPU."""
+    """A CUDA stream of its own, the calling thread's current one from now on. The GPU converts to other dtypes."""
+
+    NUM_EVENTS = 4
+    """More than the marks that are ever waited for at once."""
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
+        # Once, and not for each copy: chunks come by the thousand, and all threads share one interpreter.
+        torch.cuda.set_stream(self._stream)
+        self._events = itertools.cycle([torch.cuda.Event() for _ in range(self.NUM_EVENTS)])
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            if source.dtype != target.dtype:
-                source = source.to(target.device, non_blocking=True)
-            target.copy_(source, non_blocking=True)
+        if source.dtype != target.dtype:
+            source = source.to(target.device, non_blocking=True)
+        target.copy_(source, non_blocking=True)
 
     def mark(self) -> Callable[[], None]:
-        event = torch.cuda.Event()
+        event = next(self._events)
         event.record(self._stream)
         return event.synchronize
 
