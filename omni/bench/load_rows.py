@@ -95,7 +95,7 @@ def find_class(component: Component) -> Any:
 
 
 def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
-    """Omni's load policy, all components at once, to the stage's target; every page that may be only mapped is touched."""
+    """Omni's load policy, all components at once, to the stage's target; what may be only mapped is touched."""
     load, request = (import_string(f"{job.policy}:{name}") for name in ("load_components", "ComponentRequest"))
     requests = [
         request(
