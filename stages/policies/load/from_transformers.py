@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    SkipParameters,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -23,8 +24,10 @@ from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.generic import ContextManagers
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from omni.errors import UsageError
 from stages.policies.load.blueprint import (
     DTYPES,
+    MAX_NAMED,
     Blueprint,
     ComponentRequest,
     Merge,
@@ -141,13 +144,20 @@ def _dtype_chooser(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str,
 def _convert(
     model: PreTrainedModel, first: str, group: _Group, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Run the library's converter over `tensors` (by checkpoint name). Raises Unsupported when it fails."""
+    """Run the library's converter over `tensors` (by checkpoint name). Raises UsageError when it fails."""
     converter = copy.deepcopy(group.converter)
     for pattern, entry, dtype in group.sources:
         tensor = tensors[entry.name].to(dtype)
         converter.add_tensor(first, entry.name, pattern, lambda tensor=tensor: tensor)
     info = _info(set(), set())
-    made = converter.convert(first, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+    try:
+        made = converter.convert(first, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+    except SkipParameters as error:  # the library's sign for a fault of any kind, which is the error's context
+        file, names = (
+            group.sources[0][1].file,
+            ", ".join(f"'{entry.name}'" for _, entry, _ in group.sources[:MAX_NAMED]),
+        )
+        raise UsageError(f"{file}: {names} ... cannot make '{first}': {error.__context__}") from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
