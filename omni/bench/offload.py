@@ -237,8 +237,8 @@ def _targets(rows: Mapping[str, Offloaded], sizes: list[str], link: float, on_gp
                 ratio = median(rows[key].steps[number].seconds) / floor
                 targets.append(build_target(f"{ROWS[key].name}, step over floor, {size}", ratio, MAX_STEP, "x"))
         if key in rows:
-            row, base = rows[key], rows.get("resident", rows[key])
-            ready = (row.load_seconds + row.setup_seconds) / base.load_seconds
+            row = rows[key]
+            ready = (row.load_seconds + row.setup_seconds) / row.load_seconds
             targets.append(build_target(f"{ROWS[key].name}, load and set-up over load", ready, MAX_SETUP, "x"))
     if "component" in rows:
         row = rows["component"]
@@ -286,6 +286,7 @@ def _memory_table(rows: Mapping[str, Offloaded]) -> Table:
         table[ROWS[key].name] = (
             row.load_seconds,
             row.setup_seconds,
+            row.steps[0].first_seconds,
             gib(row.device_bytes),
             gib(row.peak_allocated_bytes),
             gib(row.peak_reserved_bytes),
@@ -293,5 +294,15 @@ def _memory_table(rows: Mapping[str, Offloaded]) -> Table:
             taken / row.weight_bytes if taken is not None else None,
             gib(row.bytes_out),
         )
-    columns = ("load s", "set-up s", "slots GiB", "GPU GiB", "reserved", "host GiB", "x weights", "GiB out")
+    columns = (
+        "load s",
+        "set-up s",
+        "first step",
+        "slots GiB",
+        "GPU GiB",
+        "reserved",
+        "host GiB",
+        "x weights",
+        "GiB out",
+    )
     return Table(title="set-up, and memory of GPU and host", columns=columns, rows=table)

@@ -45,6 +45,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
     """Denoise steps of one size."""
 
+    first_seconds: float
+    """Of the step before those that count, which finds nothing ready."""
     seconds: tuple[float, ...]
     bytes_in: float | None = None
     """Copied to the device in a step, on average; None where nobody counts."""
@@ -109,8 +111,7 @@ def run(job: Mapping[str, Any]) -> Offloaded:
     loaded = time.perf_counter()
     module.eval().requires_grad_(False)
     handle = set_up(order, module)
-    _synchronize(order.device)
-    ready = time.perf_counter()
+    ready = time.perf_counter()  # copies may still be under way; the first step waits for what it needs
     if order.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
@@ -224,8 +225,10 @@ def _inputs(job: Job, handle: Handle, size: tuple[int, int, int]) -> dict[str, A
 def _take_steps(job: Job, handle: Handle, size: tuple[int, int, int]) -> Steps:
     """One step that does not count, then steps one after another, without waiting for the device in between."""
     inputs = _inputs(job, handle, size)
+    begin = time.perf_counter()
     output = handle.module(**inputs)
     _synchronize(job.device)
+    first_seconds = time.perf_counter() - begin
     digest, is_sound = _describe(output)
     before = handle.counters()
     clock = _Clock(job.device)
@@ -236,6 +239,7 @@ def _take_steps(job: Job, handle: Handle, size: tuple[int, int, int]) -> Steps:
     after = handle.counters()
     counted = before is not None and after is not None
     return Steps(
+        first_seconds=first_seconds,
         seconds=seconds,
         bytes_in=(after.bytes_in - before.bytes_in) / job.steps if counted else None,
         copies_in=(after.num_copies_in - before.num_copies_in) / job.steps if counted else None,
