@@ -65,7 +65,6 @@ class CudaLink(Link):
     """More than the marks that are ever waited for at once."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         # Once, and not for each copy: chunks come by the thousand, and all threads share one interpreter.
