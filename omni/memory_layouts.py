@@ -164,16 +164,19 @@ class Chooser:
         return min(self.offload.ahead + 1, len(part.blocks)) * max(part.blocks)
 
     def peak(self, modes: tuple[Mode, ...]) -> int:
-        """The most that torch allocates when no block stays on the device."""
-        base, moment = 0, 0
+        """The most that torch allocates when no block stays on the device.
+
+        The room for turns is as large as the largest that takes turns, and it is kept while others compute.
+        """
+        base, turn = 0, 0
         for part, mode in zip(self.parts, modes, strict=True):
-            turn = part.weight_bytes if mode == "turn" else 0
-            moment = max(moment, turn + part.use.activation_bytes)
             if mode == "stay":
                 base += part.weight_bytes
             elif mode == "stream":
                 base += part.outside_bytes + self.slots(part)
-        return base + moment
+            else:
+                turn = max(turn, part.weight_bytes)
+        return base + turn + max((part.use.activation_bytes for part in self.parts), default=0)
 
     def host_bytes(self, modes: tuple[Mode, ...], source: Source) -> int:
         """Host memory of the process, with the weights that wait there."""

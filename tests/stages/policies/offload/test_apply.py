@@ -62,7 +62,11 @@ def test_the_plan_says_what_stays() -> None:
     rest = sum(p.numel() * 4 for p in [*components["transformer"].embed.parameters(), components["transformer"].table])
     planned = (
         ComponentMemory(
-            name="transformer", weight_bytes=weights, device_bytes=rest + 4 * block, streamed_bytes=weights // 2
+            name="transformer",
+            weight_bytes=weights,
+            device_bytes=rest + 4 * (8 * 8 + 8) * 4,
+            streamed_bytes=weights // 2,
+            place="host, streamed",
         ),
         ComponentMemory(name="vae", weight_bytes=1000, device_bytes=1000),
     )
