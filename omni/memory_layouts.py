@@ -138,11 +138,21 @@ class Chooser:
             resident = self.fill(modes, min(bounds, default=None))
         if limit is not None and peak + sum(resident) > limit:
             return None
+        return self._layout(modes, source, resident)
+
+    def squeeze(self, modes: tuple[Mode, ...], source: Source) -> Layout:
+        """The layout with these modes in any case: with as few blocks on the device as the budget wants, or none."""
+        bounds = [bound for bound in (self.resident,) if bound is not None]
+        if self.budget:
+            bounds.append(max(0, self.budget - CONTEXT_BYTES - self.peak(modes)))
+        return self._layout(modes, source, self.fill(modes, min(bounds, default=None)))
+
+    def _layout(self, modes: tuple[Mode, ...], source: Source, resident: list[int]) -> Layout:
         seconds = sum(
             self.copied(part, mode, kept) * self.num_copies(part, mode)
             for part, mode, kept in zip(self.parts, modes, resident, strict=True)
         ) / self.rate(source)
-        return Layout(modes, source, tuple(resident), peak + sum(resident), seconds)
+        return Layout(modes, source, tuple(resident), self.peak(modes) + sum(resident), seconds)
 
     def fill(self, modes: tuple[Mode, ...], left: int | None) -> list[int]:
         """Bytes of blocks that stay, of each part: those that would be copied most often first, then large ones."""

@@ -105,7 +105,8 @@ CHOSEN = [
      "48.0 GiB of weights and 3.0 GiB of activations do not fit in 24.0 GiB; 20.0 GiB of transformer stream 20 times, "
      "14.0 GiB of text_encoder stream once: 8.3 s a request (components in turn would need 35.0 GiB)"),
     ("the text encoder takes turns when its blocks are large", 19, {"facts": BIG_BLOCKS}, "layerwise",
-     {"transformer": ("host, streamed", 20.0), "text_encoder": ("host, in turn", 12.0), "other": ("host, in turn", 10.0)},
+     {"transformer": ("host, streamed", 20.0), "text_encoder": ("host, in turn", 12.0),
+      "other": ("host, in turn", 10.0)},
      "43.0 GiB of weights and 2.0 GiB of activations do not fit in 19.0 GiB; 20.0 GiB of transformer stream 20 times, "
      "text_encoder and other take turns: 8.4 s a request (components in turn would need 24.0 GiB)"),
     ("whole components when nothing can stream", 24, {"facts": TWO_PLAIN}, "component",

@@ -14,8 +14,7 @@ from stages.memory.engine import CopyEngine, Counters, HostEngine, engine_for
 from stages.memory.host import HostMemory
 from stages.policies.offload.component import Seat, Turns
 from stages.policies.offload.layerwise import LayerwiseComponent
-from stages.policies.offload.streamer import choose_resident
-from stages.policies.offload.units import Parts, Unit, is_scattered, pack, regions_of, shared_parameters, take_apart
+from stages.policies.offload.units import Parts, is_scattered, pack, regions_of, shared_parameters, take_apart
 
 Way = Literal["stay", "turn", "stream"]
 
@@ -64,11 +63,11 @@ class Offload:
 
     @property
     def free_bytes(self) -> int:
-        """What the plan's budget leaves beside all that is on the device now and what a request takes; 0 without one."""
+        """What the budget leaves beside all that is there and what a request takes; negative without one."""
         plan = self._memory
         elsewhere = sum(part.device_bytes for part in plan.components if part.name not in self._components)
         taken = plan.context_bytes + plan.activation_bytes + elsewhere + self.engine.device_bytes
-        return max(0, plan.budget_bytes - taken)
+        return plan.budget_bytes - taken
 
     @property
     def resident_bytes(self) -> int:
@@ -89,13 +88,30 @@ class Offload:
         for layers in sorted(self._streaming, key=lambda layers: -layers.lock.num_calls):
             shares.append((layers, min(left, layers.block_bytes)))
             left -= shares[-1][1]
+        self._share_out(shares, least + left)
+
+    def follow(self, memory: MemoryPlan) -> None:
+        """Change what stays to what another plan with the same places says; waits for running calls.
+
+        Raises torch.OutOfMemoryError; the policy then goes on with the least it needs.
+        """
+        planned = {component.name: component for component in memory.components}
+        shares = [
+            (layers, layers.resident_for(planned[layers.name].device_bytes) if layers.name in planned else 0)
+            for layers in self._streaming
+        ]
+        self._memory = memory
+        self._share_out(shares, self.free_bytes + self.resident_bytes - sum(share for _, share in shares))
+
+    def _share_out(self, shares: Sequence[tuple[LayerwiseComponent, int]], arena_bytes: int) -> None:
+        turns = self._turns
         # Those that shrink go first: they make the room.
-        if self._turns is not None and least + left < self._turns.arena_bytes:
-            self._turns.resize(least + left)
+        if turns is not None and arena_bytes < turns.arena_bytes:
+            turns.resize(arena_bytes)
         for layers, share in sorted(shares, key=lambda item: item[1] - item[0].streamer.resident_bytes):
             layers.set_resident(share)
-        if self._turns is not None and least + left > self._turns.arena_bytes:
-            self._turns.resize(least + left)
+        if turns is not None and arena_bytes > turns.arena_bytes:
+            turns.resize(arena_bytes)
 
     def refresh(self) -> None:
         """Take up modules and parameters that were added or replaced since; no call may be under way."""
@@ -162,11 +178,14 @@ class Offload:
         # Without a plan's numbers the largest get it: denoisers, which are called most.
         for name, part in sorted(parts.items(), key=lambda item: -item[1].block_bytes):
             streams = ways[name] == "stream"
-            resident: int | None = None
-            if streams:
-                resident = given if name not in planned else _resident_bytes(part, planned[name])
             layers = LayerwiseComponent(
-                name, part, self.engine, resident, self._spec.ahead, staged=streams and self._from_disk
+                name,
+                part,
+                self.engine,
+                given if streams else None,
+                self._spec.ahead,
+                device_bytes=planned[name].device_bytes if streams and name in planned else None,
+                staged=streams and self._from_disk,
             )
             self._layers.append(layers)
             if streams:
@@ -184,14 +203,6 @@ class Offload:
             for seat in seats:
                 seat.reset()
             raise
-
-
-def _resident_bytes(parts: Parts, planned: ComponentMemory) -> int:
-    """Device bytes of the blocks that are to stay; with what aligning adds, as plans count weights only."""
-    rest = sum(p.numel() * p.element_size() for p in (*parts.rest, *parts.shared))
-    sizes = [sum(p.numel() * p.element_size() for p in parameters) for parameters in parts.block_parameters]
-    chosen = choose_resident(sizes, max(0, planned.device_bytes - rest))
-    return sum(Unit("", parts.block_parameters[number]).num_bytes for number in chosen)
 
 
 def apply_offload(

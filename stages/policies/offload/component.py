@@ -137,6 +137,8 @@ class Turns:
 
         Raises torch.OutOfMemoryError, with the smallest arena taken.
         """
+        if self._bounded(arena_bytes) == self.arena_bytes:
+            return
         deadline = time.monotonic() + WAIT_SECONDS
         with self._condition:
             while any(seat.thread is not None for seat in self.seats):
@@ -167,8 +169,11 @@ class Turns:
         self._arena = self._arena[:0].clone()
 
     def _allocate(self, arena_bytes: int) -> torch.Tensor:
-        most = sum(seat.num_bytes for seat in self.seats)
-        return self.engine.allocate(min(most, max(arena_bytes, self.least_bytes)))
+        return self.engine.allocate(self._bounded(arena_bytes))
+
+    def _bounded(self, arena_bytes: int) -> int:
+        """At least the largest component, at most all of them."""
+        return min(sum(seat.num_bytes for seat in self.seats), max(arena_bytes, self.least_bytes))
 
     def _wait_for_room(self, seat: Seat, deadline: float) -> None:
         mine = threading.get_ident()

@@ -181,7 +181,7 @@ def test_what_is_on_the_device_already_counts(scenes: Callable[[str], Scene]) ->
     parts = (scene.placed("transformer", "host, in turn"), scene.placed("vae", "host, in turn"), here)
     offload = scene.apply(MemoryPlan(policy="component", components=parts, budget_bytes=1 << 20))
     try:
-        assert offload.free_bytes == 0
+        assert offload.free_bytes < 0
         assert offload._turns is not None
         assert offload._turns.arena_bytes == offload._turns.least_bytes
     finally:
