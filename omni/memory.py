@@ -87,6 +87,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     nothing is streamed."""
     copy_seconds: float = 0.0
     """All weights that a request copies, over the rate of the link."""
+    shares_host: bool = False
+    """Another stage on the same host keeps the same weights there: they have one copy."""
     room: Room = Room()
     """What it was planned for."""
     reason: str = ""

@@ -202,4 +202,5 @@ def _request(context: StageContext, name: str, model_class: Any, folder: Path, d
         variant=variant if has_variant(folder, variant) else None,
         target="host" if context.memory is not None and context.memory.moves(name) else "device",
         device=context.device,
+        shares=context.memory is not None and context.memory.shares_host,
     )
