@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from omni.checkpoint import UNKNOWN
+import msgspec
+
+from omni.checkpoint import UNKNOWN, auto_dtype
 from omni.errors import PlanError
 from omni.hardware import Hardware
 from omni.memory import MemoryPlan, Room
 from omni.memory_planner import memory_needs, plan_memory
+from omni.model_paths import resolve_model_path
 from omni.placement import Claim, Share
 from omni.processes import Want, device_of
+from omni.registry import find_kind_of
 
 
 def build_claim(want: Want, hardware: Hardware, in_driver: bool) -> Claim:
@@ -56,6 +60,42 @@ def plan_memories(
         except PlanError as error:
             raise PlanError(f"stage '{name}': {error}") from error
     return plans
+
+
+def share_hosts(
+    memories: Mapping[str, MemoryPlan], wants: Mapping[str, Want], nodes: Mapping[str, str], base_dir: str
+) -> dict[str, MemoryPlan]:
+    """The plans, with `shares_host` where stages on one node keep the same weights in host memory.
+
+    The first of them counts those in its peak, the others do not. Private memory is quicker to fill, so that nobody
+    shares with himself.
+    """
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, memory in memories.items():
+        ref = find_kind_of(wants[name].spec).checkpoint(wants[name].spec)
+        if ref is not None and _waiting(memory):
+            model = resolve_model_path(ref.model, base_dir)
+            dtype = getattr(wants[name].spec, "dtype", None)
+            dtype = auto_dtype(memory.room.device) if dtype == "auto" else dtype
+            alike.setdefault((nodes[name], model, ref.revision, ref.variant, dtype), []).append(name)
+    found = dict(memories)
+    for names in alike.values():
+        held: set[str] = set()
+        for name in names:
+            waiting = _waiting(memories[name])
+            others = set[str]().union(*(_waiting(memories[other]) for other in names if other != name))
+            if not others.isdisjoint(waiting):
+                again = sum(size for part, size in waiting.items() if part in held)
+                found[name] = msgspec.structs.replace(
+                    memories[name], shares_host=True, peak_host_bytes=memories[name].peak_host_bytes - again
+                )
+            held |= set(waiting)
+    return found
+
+
+def _waiting(memory: MemoryPlan) -> dict[str, int]:
+    """Component -> bytes, of those that wait in host memory for the GPU."""
+    return {part.name: part.weight_bytes for part in memory.components if part.place.startswith("host")}
 
 
 def _device_bytes(hardware: Hardware, share: Share | None) -> int:

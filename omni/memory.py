@@ -67,7 +67,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     policy: Policy
     components: tuple[ComponentMemory, ...] = ()
-    """Empty when the checkpoint is not on this machine: plan again, within `room`, once it is."""
+    """Empty when the checkpoint was not on this machine."""
+    awaits_checkpoint: bool = False
+    """Nothing is decided yet: the stage plans again, within `room`, once it has the checkpoint."""
     budget_bytes: int = 0
     """Device memory that the stage may take; 0 when unknown."""
     activation_bytes: int = 0
@@ -87,6 +89,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     nothing is streamed."""
     copy_seconds: float = 0.0
     """All weights that a request copies, over the rate of the link."""
+    shares_host: bool = False
+    """Another stage on the same host keeps the same weights there: they have one copy."""
     room: Room = Room()
     """What it was planned for."""
     reason: str = ""

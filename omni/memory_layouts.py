@@ -138,11 +138,21 @@ class Chooser:
             resident = self.fill(modes, min(bounds, default=None))
         if limit is not None and peak + sum(resident) > limit:
             return None
+        return self._layout(modes, source, resident)
+
+    def squeeze(self, modes: tuple[Mode, ...], source: Source) -> Layout:
+        """The layout with these modes in any case: with as few blocks on the device as the budget wants, or none."""
+        bounds = [bound for bound in (self.resident,) if bound is not None]
+        if self.budget:
+            bounds.append(max(0, self.budget - CONTEXT_BYTES - self.peak(modes)))
+        return self._layout(modes, source, self.fill(modes, min(bounds, default=None)))
+
+    def _layout(self, modes: tuple[Mode, ...], source: Source, resident: list[int]) -> Layout:
         seconds = sum(
             self.copied(part, mode, kept) * self.num_copies(part, mode)
             for part, mode, kept in zip(self.parts, modes, resident, strict=True)
         ) / self.rate(source)
-        return Layout(modes, source, tuple(resident), peak + sum(resident), seconds)
+        return Layout(modes, source, tuple(resident), self.peak(modes) + sum(resident), seconds)
 
     def fill(self, modes: tuple[Mode, ...], left: int | None) -> list[int]:
         """Bytes of blocks that stay, of each part: those that would be copied most often first, then large ones."""
@@ -164,16 +174,19 @@ class Chooser:
         return min(self.offload.ahead + 1, len(part.blocks)) * max(part.blocks)
 
     def peak(self, modes: tuple[Mode, ...]) -> int:
-        """The most that torch allocates when no block stays on the device."""
-        base, moment = 0, 0
+        """The most that torch allocates when no block stays on the device.
+
+        The room for turns is as large as the largest that takes turns, and it is kept while others compute.
+        """
+        base, turn = 0, 0
         for part, mode in zip(self.parts, modes, strict=True):
-            turn = part.weight_bytes if mode == "turn" else 0
-            moment = max(moment, turn + part.use.activation_bytes)
             if mode == "stay":
                 base += part.weight_bytes
             elif mode == "stream":
                 base += part.outside_bytes + self.slots(part)
-        return base + moment
+            else:
+                turn = max(turn, part.weight_bytes)
+        return base + turn + max((part.use.activation_bytes for part in self.parts), default=0)
 
     def host_bytes(self, modes: tuple[Mode, ...], source: Source) -> int:
         """Host memory of the process, with the weights that wait there."""

@@ -39,7 +39,7 @@ def plan_memory(
     if not facts.known:
         policy: Policy = "none" if offload.policy == "auto" else offload.policy
         reason = "its checkpoint is not on this machine: planned again when it is"
-        return MemoryPlan(policy=policy, budget_bytes=budget, room=room, reason=reason)
+        return MemoryPlan(policy=policy, awaits_checkpoint=True, budget_bytes=budget, room=room, reason=reason)
     parts = read_parts(spec, facts, room.device, activation_bytes)
     if room.device == "cpu":
         return _plan_cpu(parts, room, load)
@@ -52,9 +52,26 @@ def plan_memory(
 
 def settle(memory: MemoryPlan | None, spec: StageSpec, facts: CheckpointFacts) -> MemoryPlan | None:
     """The plan as a stage carries it out: made anew when the checkpoint was not here yet. Raises PlanError."""
-    if memory is None or memory.components or not facts.known:
+    if memory is None or not memory.awaits_checkpoint or not facts.known:
         return memory
     return plan_memory(spec, facts, memory.room)
+
+
+def correct(memory: MemoryPlan, spec: StageSpec, facts: CheckpointFacts, activation_bytes: int) -> MemoryPlan:
+    """The plan of a running stage for another peak beside the weights: all places are kept, only the blocks that stay
+    change. What does not fit any more has none of them."""
+    placed = {part.name: part.place for part in memory.components}
+    modes = tuple(_mode(placed[name]) for name in facts.components)
+    source: Source = "disk" if memory.policy == "disk" else "host"
+    chooser = Chooser(
+        read_parts(spec, facts, memory.room.device, activation_bytes),
+        _offload(spec),
+        memory.room,
+        memory.budget_bytes,
+        True,
+    )
+    layout = chooser.lay_out(modes, source) or chooser.squeeze(modes, source)
+    return _build_plan(chooser.parts, layout, chooser, getattr(spec, "load", LoadSpec()))
 
 
 def memory_needs(spec: StageSpec, facts: CheckpointFacts, room: Room) -> tuple[int, int] | None:
@@ -157,6 +174,10 @@ def _component(part: Part, mode: Mode, resident: int, source: Source, chooser: C
         place=place,
         num_copies=chooser.num_copies(part, mode),
     )
+
+
+def _mode(place: Place) -> Mode:
+    return "stay" if place == "device" else "turn" if place.endswith("in turn") else "stream"
 
 
 def _policy(layout: Layout) -> Policy:

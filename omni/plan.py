@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from omni.budgets import build_claim, plan_memories
+from omni.budgets import build_claim, plan_memories, share_hosts
 from omni.checkpoint import CheckpointFacts
 from omni.choices import RunnerChoice
 from omni.errors import PlanError
@@ -133,7 +133,8 @@ def _place(
     shares = _share_gpus(hardware, wants, homes, runner)
     processes = _plan_processes(graph, hardware, wants, homes, shares)
     hosts = {stage: process for process in processes for stage in process.stages}
-    memories = plan_memories(hardware, wants, shares, {stage: process.node for stage, process in hosts.items()})
+    nodes = {stage: process.node for stage, process in hosts.items()}
+    memories = share_hosts(plan_memories(hardware, wants, shares, nodes), wants, nodes, graph.base_dir)
     stages = tuple(
         _plan_stage(wants[name], homes[name], shares.get(name), memories.get(name), hardware) for name in graph.order
     )

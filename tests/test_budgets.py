@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,8 @@ class BudgetSpec(StageSpec, frozen=True, kw_only=True, tag="budgeted"):
 
     offload: OffloadSpec = OffloadSpec()
     device: str = "auto"
+    model: str = "model"
+    dtype: str = "bfloat16"
 
 
 KIND = StageKind(
@@ -35,7 +38,7 @@ KIND = StageKind(
     spec_type=BudgetSpec,
     stage="nowhere:Stage",
     ports=lambda spec, base_dir: Ports({name: Port("any") for name in spec.inputs}, {"text": Port("text")}),
-    checkpoint=lambda spec: CheckpointRef("model"),
+    checkpoint=lambda spec: CheckpointRef(spec.model),
     uses=lambda spec, facts: {"model": ComponentUse(num_runs=10, activation_bytes=GIB)},
 )
 
@@ -109,6 +112,41 @@ def test_hosts_memory_is_parted_too() -> None:
     two = {"a": (stage(), 40), "b": (stage(), 40)}
     assert {policy for policy, _ in outcome(plan(two, 24, 24, host_gib=90)).values()} == {"layerwise"}
     assert {policy for policy, _ in outcome(plan(two, 24, 24, host_gib=60)).values()} == {"disk"}
+
+
+def test_stages_with_the_same_weights_in_host_memory_have_one_copy() -> None:
+    spec = stage(policy="layerwise")
+    found = plan({"a": (spec, 40), "b": (spec, 40), "c": (stage(), 20)}, 24, 24, 24)
+    first, second = memory(found, "a"), memory(found, "b")
+    assert first.shares_host
+    assert second.shares_host
+    assert not memory(found, "c").shares_host
+    assert first.peak_host_bytes - second.peak_host_bytes == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "another"},
+        {"dtype": "float32"},
+        {"offload": OffloadSpec(policy="disk")},
+        {"offload": OffloadSpec(policy="none")},
+        {"device": "cpu"},
+    ],
+)
+def test_other_weights_are_not_shared(other: dict[str, Any]) -> None:
+    specs = (stage(policy="layerwise"), msgspec.structs.replace(stage(policy="layerwise"), **other))
+    found = plan({"a": (specs[0], 20), "b": (specs[1], 20)}, 24, 24)
+    assert [memory(found, name).shares_host for name in ("a", "b")] == [False, False]
+
+
+def test_nodes_share_nothing() -> None:
+    nodes = tuple(Node(name, 8, 512 * GIB, (Gpu("gpu", 24 * GIB),)) for name in ("one", "two"))
+    spec = stage(policy="layerwise", resident="18GiB")
+    graph = resolve(GraphSpec(stages={"a": spec, "b": spec}))
+    found = plan_graph(graph, Hardware("bench", nodes), {"a": model(40), "b": model(40)})
+    assert {process.node for process in found.processes if process.kind == "actor"} == {"one", "two"}
+    assert not memory(found, "a").shares_host
 
 
 def test_a_stage_on_the_cpu_has_its_host_bytes_counted() -> None:

@@ -34,6 +34,7 @@ from stages.diffusion.faults import setup_faults
 from stages.diffusion.signature import Signature, signature_of
 from stages.policies.load import ComponentRequest, load_components
 from stages.policies.offload.apply import Offload, apply_offload
+from stages.policies.offload.correction import Correction
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -47,6 +48,8 @@ class Built(msgspec.Struct, frozen=True):
     dtype: torch.dtype
     offload: Offload | None = None
     """The policy that moves its weights; None when all are on `device`."""
+    correction: Correction | None = None
+    """Corrects the policy's plan by what requests take."""
 
 
 def build_pipeline(context: StageContext, report: Report) -> Built:
@@ -89,7 +92,9 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
     seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
     total = sum(sizes.values())
     report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
-    return Built(pipeline, signature, seams, device, dtype, offload)
+    # 7. What requests take corrects the plan, where there is one
+    correction = Correction.of(stage, offload, context.memory, spec, facts)
+    return Built(pipeline, signature, seams, device, dtype, offload, correction)
 
 
 def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:
@@ -197,4 +202,5 @@ def _request(context: StageContext, name: str, model_class: Any, folder: Path, d
         variant=variant if has_variant(folder, variant) else None,
         target="host" if context.memory is not None and context.memory.moves(name) else "device",
         device=context.device,
+        shares=context.memory is not None and context.memory.shares_host,
     )

@@ -23,7 +23,7 @@ def setup_faults(stage: str, model: str, device: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise _setup_error(stage, error, f"the weights of {model} do not fit this pipeline's classes") from error
         remedy = f"free memory on {device}, set dtype: bfloat16, or take a smaller model"
         raise StageSetupError(
@@ -50,7 +50,7 @@ def run_faults(stage: str, pipeline: Any, device: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         cause, remedy = f"{type(pipeline).__name__}: {error}", f"change the request's inputs or stages.{stage}.call"
         missing = [name for name, part in pipeline.components.items() if part is None]
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             cause = f"{device} is out of memory"
             remedy = "ask for less height, width, num_frames or pictures at once, or set dtype: bfloat16"
         elif missing and "NoneType" in str(error):
@@ -65,7 +65,8 @@ def _setup_error(stage: str, error: Exception, remedy: str) -> StageSetupError:
     return StageSetupError(stage, f"{type(error).__name__}: {error}", remedy, _trace(error))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host has no memory left."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_NO_MEMORY.search(str(error)))
 
 

@@ -13,7 +13,7 @@ from omni.stage import Report, StageCall, StageContext, ThreadedStage, Work
 from stages.device import peak_device_bytes, use_device
 from stages.diffusion.build import Built, build_pipeline
 from stages.diffusion.denoiser import DenoiseRun
-from stages.diffusion.faults import run_faults
+from stages.diffusion.faults import is_out_of_memory, run_faults
 from stages.diffusion.inputs import ArgumentFault, build_arguments
 from stages.diffusion.outputs import audio_rate, build_payload, frames_per_second, output_type
 
@@ -40,15 +40,17 @@ class DiffusionStage(ThreadedStage):
         built, name = self.built, self.context.name
         assert built is not None, "compute before load"
         use_device(self.context.device)
-        try:
-            arguments = build_arguments(built.signature, self.spec.call, call.inputs, built.device, built.dtype)
-        except ArgumentFault as error:
-            raise StageError(name, str(error), f"change the request's inputs or stages.{name}.inputs") from error
-        fps = frames_per_second(arguments, built.signature, self.spec.fps)
-        run = DenoiseRun(work)
-        with run.active(), torch.no_grad(), run_faults(name, built.pipeline, built.device):
-            result = run.fork(built.pipeline)(**arguments, **self._owned_arguments(built, call.seed))
-            return build_payload(result, built.signature, fps, audio_rate(built.pipeline))
+
+        def draw() -> Payload:
+            arguments = self._arguments(built, call)
+            fps = frames_per_second(arguments, built.signature, self.spec.fps)
+            run = DenoiseRun(work)
+            with run.active(), torch.no_grad():
+                result = run.fork(built.pipeline)(**arguments, **self._owned_arguments(built, call.seed))
+                return build_payload(result, built.signature, fps, audio_rate(built.pipeline))
+
+        with run_faults(name, built.pipeline, built.device):
+            return draw() if built.correction is None else built.correction.run(draw, is_out_of_memory)
 
     def peak_device_bytes(self) -> int:
         return peak_device_bytes(self.context.device)
@@ -63,6 +65,13 @@ class DiffusionStage(ThreadedStage):
         self.built = None
         if self.context.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+    def _arguments(self, built: Built, call: StageCall) -> dict[str, Any]:
+        try:
+            return build_arguments(built.signature, self.spec.call, call.inputs, built.device, built.dtype)
+        except ArgumentFault as error:
+            name = self.context.name
+            raise StageError(name, str(error), f"change the request's inputs or stages.{name}.inputs") from error
 
     def _owned_arguments(self, built: Built, seed: int) -> dict[str, Any]:
         """What Omni itself passes. The generator is the CPU's, so that a seed means the same on every device."""

@@ -171,6 +171,7 @@ class LlmStage(Stage):
             dtype=getattr(torch, dtype),
             target="host" if moves else "device",
             device=device,
+            shares=memory is not None and memory.shares_host,
             options=options,
         )
         return load_components([request], spec.load, progress, from_disk=moves and memory.policy == "disk")[COMPONENT]

@@ -139,6 +139,9 @@ class CopyEngine(ABC):
         """The most memory that was in use at once beside what `allocate` gave; 0 where nobody counts."""
         return 0
 
+    def begin_measuring(self) -> None:
+        """From now on `peak_activation_bytes` tells the most since now; nothing computes at the moment."""
+
     def close(self) -> None:
         """Stop the reader threads."""
         if self._staging is not None:
@@ -195,6 +198,10 @@ class CudaEngine(CopyEngine):
         peak = int(torch.cuda.max_memory_allocated(self.device))
         return max(0, peak - self.device_bytes - int(self._base_bytes))
 
+    def begin_measuring(self) -> None:
+        self._base_bytes = torch.cuda.memory_allocated(self.device) - self.device_bytes
+        torch.cuda.reset_peak_memory_stats(self.device)
+
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         # The allocator may hand out what kernels queued on the compute stream still read; the copy stream must not
@@ -238,6 +245,8 @@ class HostEngine(CopyEngine):
         super().__init__(torch.device("cpu"))
         self.poison = poison
         self.log: list[tuple[str, int]] = []
+        self.activation_bytes = 0
+        """What `peak_activation_bytes` tells: nobody counts in host memory."""
         self._clock = 0
         self._used: list[tuple[int, int, int]] = []
         """(begin, end, clock): memory that somebody waited for, so that it may be read until a later record."""
@@ -254,6 +263,9 @@ class HostEngine(CopyEngine):
         with self._steps:
             self._run_pending(None)
             self._used.clear()
+
+    def peak_activation_bytes(self) -> int:
+        return self.activation_bytes
 
     def evict(self, memory: torch.Tensor) -> None:
         if self.poison:

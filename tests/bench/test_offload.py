@@ -85,7 +85,9 @@ def test_a_pipelines_denoiser_is_found(tmp_path: Path) -> None:
 
 
 def row(seconds: float, *, bytes_in: float | None = None, swap: tuple[float, ...] = ()) -> Offloaded:
-    steps = Steps(first_seconds=seconds, seconds=(seconds,), bytes_in=bytes_in, copies_in=1, digest="same", is_sound=True)
+    steps = Steps(
+        first_seconds=seconds, seconds=(seconds,), bytes_in=bytes_in, copies_in=1, digest="same", is_sound=True
+    )
     return Offloaded(
         load_seconds=2.0,
         setup_seconds=0.1,

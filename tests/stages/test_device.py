@@ -35,7 +35,7 @@ def test_diffusion_loads_and_computes_on_its_device(chosen: list[str], monkeypat
     stage.load(lambda progress: None)
     assert chosen == ["cuda:1"]
     monkeypatch.setattr(diffusion, "build_arguments", refuse)
-    for name in ("signature", "device", "dtype"):
+    for name in ("signature", "device", "dtype", "pipeline", "correction"):
         monkeypatch.setattr(refuse, name, None, raising=False)
     with pytest.raises(StageError, match="after 2"):
         stage.compute(StageCall("r", {}, 0), Work("r", lambda item: None))

@@ -55,6 +55,8 @@ class ComponentRequest(msgspec.Struct, frozen=True, kw_only=True):
     target: Literal["device", "host"] = "device"
     """`host` is the master copy that offload works from."""
     device: str = "cpu"
+    shares: bool = False
+    """With target `host`: other processes on this host load the same, and all use one copy."""
     options: dict[str, Any] = {}
     """For the library's from_pretrained, when the component is left to it."""
 

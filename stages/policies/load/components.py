@@ -15,12 +15,12 @@ import torch
 from omni.sizes import parse_bytes
 from omni.spec import LoadSpec
 from stages.device import use_device
-from stages.memory.host import HostMemory
+from stages.memory.host import HostMemory, region_of
 from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
 from stages.policies.load.chunks import grouped, plan_chunks
 from stages.policies.load.files import Files, Method
-from stages.policies.load.places import allocate_device, allocate_host, map_tensor
+from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key
 from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
 from stages.policies.load.reader import FillRoute, Job, PopulateRoute, Progress, Route, StagedRoute, read_all
 from stages.policies.load.staging import CudaLink, HostStaging, RingStaging, Staging
@@ -103,26 +103,36 @@ class Load:
         self._files = Files(choose_method(blueprints, spec.reader))
         self._jobs: list[Job] = []
         self._memories: list[tuple[torch.nn.Module, HostMemory]] = []
+        self._there: set[str] = set()
+        """Components that somebody else has filled."""
         self._host_staging = functools.partial(HostStaging, self._chunk_bytes)
         self._device_stagings: dict[torch.device, Callable[[], Staging]] = {}
 
     def run(self, progress: Progress) -> None:
         """Fill and finish the modules. Raises UsageError, torch.OutOfMemoryError."""
         try:
-            for blueprint in self._blueprints:
+            # In one order everywhere: two processes that wait for each other's regions would wait for ever
+            for blueprint in sorted(self._blueprints, key=lambda blueprint: blueprint.request.folder.resolve()):
                 tensors = self._place(blueprint)
                 blueprint.bind(tensors)
-                self._plan_jobs(blueprint, tensors)
+                if blueprint.request.name not in self._there:
+                    self._plan_jobs(blueprint, tensors)
             totals = {blueprint.request.name: blueprint.num_bytes for blueprint in self._blueprints}
             read_all(self._jobs, self._files, self._spec.threads, totals, progress)
             for blueprint in self._blueprints:
-                self._merge(blueprint)
+                if blueprint.request.name in self._there:
+                    progress(blueprint.request.name, blueprint.num_bytes, blueprint.num_bytes)
+                else:
+                    self._merge(blueprint)
                 with _one_at_a_time:
                     blueprint.finish()
                 if blueprint.request.target == "device":
                     blueprint.module.to(blueprint.request.device)
-            if torch.cuda.is_available():
-                for _, memory in self._memories:
+            for module, memory in self._memories:
+                memory.filled()
+                if memory.is_shared:
+                    own_buffers(module)
+                if torch.cuda.is_available():
                     memory.pin()
         except BaseException:
             for _, memory in self._memories:
@@ -145,7 +155,13 @@ class Load:
         if not fresh:
             return mapped
         if is_on_cpu(request):
-            tensors, memory = allocate_host(fresh)
+            tensors, memory = allocate_host(
+                fresh, share_key(blueprint, fresh) if request.shares and request.target == "host" else None
+            )
+            if memory.private_reason:
+                log.warning("component '%s' is not shared with others: %s", request.name, memory.private_reason)
+            if memory.is_filled:
+                self._there.add(request.name)
             if request.target == "host":
                 self._memories.append((blueprint.module, memory))
         else:
@@ -207,6 +223,14 @@ class Load:
         if blueprint.merges:
             with ThreadPoolExecutor(self._spec.threads, thread_name_prefix="merge") as pool:
                 list(pool.map(make, blueprint.merges))
+
+
+def own_buffers(module: torch.nn.Module) -> None:
+    """Give a module buffers of its own: code may write to them, and the shared region is everybody's."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and region_of(buffer) is not None:
+                owner._buffers[name] = buffer.clone()
 
 
 def maps(request: ComponentRequest, reader: str) -> bool:

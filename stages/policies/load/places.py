@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 
+from omni.errors import UsageError
 from stages.memory.host import HostMemory
-from stages.policies.load.blueprint import DTYPES, Target
+from stages.policies.load.blueprint import DTYPES, Blueprint, Target
 from stages.policies.load.catalog import Entry
 from stages.policies.load.files import Files
 
@@ -39,11 +41,29 @@ def map_tensor(entry: Entry, files: Files) -> torch.Tensor:
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
 
 
-def allocate_host(targets: Sequence[Target]) -> tuple[dict[str, torch.Tensor], HostMemory]:
-    """Name -> tensor, side by side in one fresh region, in the order given. Nothing is touched yet."""
+def allocate_host(targets: Sequence[Target], key: str | None = None) -> tuple[dict[str, torch.Tensor], HostMemory]:
+    """Name -> tensor, side by side in one region, in the order given. Nothing is touched yet.
+
+    With `key`, the region is that of all who ask for it; blocks while another fills it. Raises UsageError.
+    """
     offsets, total = _layout(targets)
-    memory = HostMemory(total)
+    try:
+        memory = HostMemory(total, key=key)
+    except TimeoutError as error:
+        raise UsageError(str(error)) from error
     return _cut(memory.bytes, targets, offsets), memory
+
+
+def share_key(blueprint: Blueprint, targets: Sequence[Target]) -> str:
+    """Names what a region of these targets holds: files and their versions, the class that reads them, the layout."""
+    entries = [target.source for target in targets if target.source]
+    entries += [entry for merge in blueprint.merges for entry in merge.sources]
+    lines = [f"{type(blueprint.module).__module__}.{type(blueprint.module).__qualname__}"]
+    for file in sorted({os.path.realpath(entry.file) for entry in entries}):
+        found = os.stat(file)
+        lines.append(f"{file} {found.st_size} {found.st_mtime_ns}")
+    lines += [f"{target.name} {target.dtype} {list(target.shape)}" for target in targets]
+    return "\n".join(lines)
 
 
 def allocate_device(targets: Sequence[Target], device: torch.device) -> dict[str, torch.Tensor]:

@@ -32,9 +32,10 @@ from stages.policies.offload.units import ALIGN_BYTES, Parts, Unit, outside_bloc
 class Seat:
     """One component that takes turns."""
 
-    def __init__(self, name: str, parts: Parts, engine: CopyEngine) -> None:
-        """Raises torch.OutOfMemoryError when not even its buffers have room."""
+    def __init__(self, name: str, parts: Parts, engine: CopyEngine, *, staged: bool = False) -> None:
+        """With `staged`, it comes from mapped files. Raises torch.OutOfMemoryError when its buffers have no room."""
         self.name = name
+        self.staged = staged
         self.lock = CallLock(name)
         self.module = parts.module
         self.placed = Placed(name, engine, parts, parts.shared)
@@ -96,6 +97,11 @@ class Turns:
         num_bytes: int = self._arena.numel()
         return num_bytes
 
+    @property
+    def least_bytes(self) -> int:
+        """Device memory without which the largest component has no room."""
+        return max((seat.num_bytes for seat in self.seats), default=0)
+
     def enter(self, seat: Seat) -> None:
         """A call of `seat` begins: waits for room, fetches it if it is not there, then fetches the next."""
         deadline = time.monotonic() + WAIT_SECONDS
@@ -131,6 +137,8 @@ class Turns:
 
         Raises torch.OutOfMemoryError, with the smallest arena taken.
         """
+        if self._bounded(arena_bytes) == self.arena_bytes:
+            return
         deadline = time.monotonic() + WAIT_SECONDS
         with self._condition:
             while any(seat.thread is not None for seat in self.seats):
@@ -161,8 +169,11 @@ class Turns:
         self._arena = self._arena[:0].clone()
 
     def _allocate(self, arena_bytes: int) -> torch.Tensor:
-        sizes = [seat.num_bytes for seat in self.seats]
-        return self.engine.allocate(min(sum(sizes), max(arena_bytes, max(sizes, default=0))))
+        return self.engine.allocate(self._bounded(arena_bytes))
+
+    def _bounded(self, arena_bytes: int) -> int:
+        """At least the largest component, at most all of them."""
+        return min(sum(seat.num_bytes for seat in self.seats), max(arena_bytes, self.least_bytes))
 
     def _wait_for_room(self, seat: Seat, deadline: float) -> None:
         mine = threading.get_ident()
@@ -192,7 +203,8 @@ class Turns:
         # Earlier calls of anyone may have read this part of the arena; the copy follows them all.
         events = [other.free for other in self.seats if other.free is not None]
         seat.begin = begin
-        seat.ready = seat.unit.copy_in(self.engine, self._arena[begin : begin + seat.num_bytes], events)
+        arena = self._arena[begin : begin + seat.num_bytes]
+        seat.ready = seat.unit.copy_in(self.engine, arena, events, staged=seat.staged)
         return True
 
     def _evict(self, seat: Seat) -> None:

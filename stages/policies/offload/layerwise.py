@@ -22,9 +22,13 @@ class LayerwiseComponent:
         resident_bytes: int | None,
         ahead: int,
         *,
+        device_bytes: int | None = None,
         staged: bool = False,
     ) -> None:
-        """`resident_bytes`: blocks that stay on the device, None for all. Raises torch.OutOfMemoryError."""
+        """`resident_bytes`: blocks that stay on the device, None for all; or `device_bytes` says it as a plan does.
+
+        Raises torch.OutOfMemoryError.
+        """
         self.name = name
         self.lock = CallLock(name)
         self._module, self._engine, self._ahead, self._staged = parts.module, engine, ahead, staged
@@ -35,6 +39,9 @@ class LayerwiseComponent:
         ]
         self.block_bytes = sum(unit.num_bytes for unit in self._units)
         """What the blocks take on the device when all are resident."""
+        self._rest_bytes = sum(p.numel() * p.element_size() for p in (*parts.rest, *parts.shared))
+        if device_bytes is not None:
+            resident_bytes = self.resident_for(device_bytes)
         try:
             self.streamer = self._stream(self.block_bytes if resident_bytes is None else resident_bytes)
         except BaseException:
@@ -44,6 +51,11 @@ class LayerwiseComponent:
         self._gates.append(Gate(parts.module, "_apply", conversions_refused(name, parts.module, engine.device)))
         for number, (_, block) in enumerate(parts.blocks):
             self._gates.append(Gate(block, "forward", scoped(_BlockScope(self, number))))
+
+    def resident_for(self, device_bytes: int) -> int:
+        """Bytes of the blocks that stay when `device_bytes` of its weights do; with what aligning adds to them."""
+        chosen = choose_resident([unit.weight_bytes for unit in self._units], device_bytes - self._rest_bytes)
+        return sum(self._units[number].num_bytes for number in chosen)
 
     def set_resident(self, resident_bytes: int) -> None:
         """Keep other blocks on the device, `resident_bytes` at most; waits for the call that is under way.

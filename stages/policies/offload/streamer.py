@@ -28,6 +28,11 @@ def choose_resident(sizes: Sequence[int], resident_bytes: int) -> set[int]:
         if credit >= total * size:
             credit -= total * size
             resident.add(number)
+    left = resident_bytes - sum(sizes[number] for number in resident)
+    for number in sorted(set(range(len(sizes))) - resident, key=lambda number: -sizes[number]):
+        if sizes[number] <= left:  # blocks of several sizes: even steps leave gaps
+            left -= sizes[number]
+            resident.add(number)
     return resident
 
 

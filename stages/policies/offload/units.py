@@ -60,6 +60,11 @@ class Unit:
         self._bound = 0
         """Address of the device memory that the parameters show; 0 for none."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its parameters, without what lies between them."""
+        return sum(place.num_bytes for place in self._places)
+
     def copy_in(
         self, engine: CopyEngine, memory: torch.Tensor, after: Sequence[object] = (), *, staged: bool = False
     ) -> list[Ready]:

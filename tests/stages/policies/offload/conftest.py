@@ -117,7 +117,7 @@ class Painter:
         return apply_offload(only or self.components, plan, "cpu", spec, engine or HostEngine(), order)
 
 
-PLAN_KEYS = ("components", "budget_bytes", "activation_bytes")
+PLAN_KEYS = ("components", "budget_bytes", "activation_bytes", "context_bytes")
 
 
 @pytest.fixture(scope="session")

@@ -58,11 +58,15 @@ def test_none_does_nothing() -> None:
 def test_the_plan_says_what_stays() -> None:
     components: dict[str, nn.Module] = {"transformer": Denoiser().eval(), "vae": Vae().eval()}
     weights = sum(p.numel() * 4 for p in components["transformer"].parameters())
-    block = 2 * 256  # a weight of 256 bytes and a bias of 32, each at a multiple of 256
+    block = (8 * 8 + 8) * 4
     rest = sum(p.numel() * 4 for p in [*components["transformer"].embed.parameters(), components["transformer"].table])
     planned = (
         ComponentMemory(
-            name="transformer", weight_bytes=weights, device_bytes=rest + 4 * block, streamed_bytes=weights // 2
+            name="transformer",
+            weight_bytes=weights,
+            device_bytes=rest + 4 * block,
+            streamed_bytes=weights // 2,
+            place="host, streamed",
         ),
         ComponentMemory(name="vae", weight_bytes=1000, device_bytes=1000),
     )

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from omni.memory import MemoryPlan, Policy
+from omni.errors import StageError
+from omni.memory import ComponentMemory, MemoryPlan, Policy
 from omni.messages import Output
 from omni.spec import DiffusionSpec, LlmSpec, OffloadSpec, SamplingSpec
 from omni.stage import StageCall, StageContext, Work
 from stages.diffusion.stage import DiffusionStage
 from stages.llm.stage import LlmStage
-from tests.stages.diffusion import tiny
+from tests.stages.diffusion import tiny, tiny_images
 from tests.stages.diffusion.conftest import checkpoint  # noqa: F401
 from tests.stages.llm.conftest import plain_model  # noqa: F401
 
@@ -32,7 +33,9 @@ def draw(family: str, folder: Path, policy: Policy) -> list[np.ndarray]:
     recipe = tiny.FAMILIES[family]
     call = {**recipe.call, "num_inference_steps": 4}
     spec = DiffusionSpec(model=str(folder), pipeline=recipe.pipeline, call=call, offload=OffloadSpec(ahead=1))
-    stage = DiffusionStage(StageContext("draw", spec, ".", memory=MemoryPlan(policy=policy)))
+    # A plan that names no component of the pipeline: the policy says what becomes of them.
+    other = ComponentMemory(name="other", weight_bytes=0, device_bytes=0)
+    stage = DiffusionStage(StageContext("draw", spec, ".", memory=MemoryPlan(policy=policy, components=(other,))))
     stage.load(lambda progress: None)
     assert stage.built is not None
     pipeline, offload = stage.built.pipeline, stage.built.offload
@@ -62,6 +65,53 @@ def test_a_diffusion_stage_draws_the_same(family: str, checkpoint: Callable[[str
     expected = draw(family, checkpoint(family), "none")
     for policy in POLICIES:
         assert np.array_equal(draw(family, checkpoint(family), policy), expected)
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_request_that_finds_no_memory_is_drawn_once_more(
+    num_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.FAMILIES["qwen"]
+    tiny_images.qwen(6).save_pretrained(tmp_path)
+    spec = DiffusionSpec(
+        model=str(tmp_path),
+        dtype="float32",
+        call={**recipe.call, "num_inference_steps": 2},
+        offload=OffloadSpec(policy="layerwise", resident="400KB"),
+    )
+    stage = DiffusionStage(StageContext("draw", spec, ".", memory=MemoryPlan(policy="layerwise")))
+    stage.load(lambda progress: None)
+    assert stage.built is not None
+    assert stage.built.offload is not None
+    assert stage.built.correction is not None
+
+    def request() -> np.ndarray:
+        payload: Any = stage.compute(StageCall("r", recipe.inputs(1), 1), Work("r", lambda item: None))
+        return np.stack([np.asarray(image) for image in payload["images"]])
+
+    expected, resident = request(), stage.built.offload.resident_bytes
+    assert resident > 0
+    engine: Any = stage.built.offload.engine
+    postprocess, failures = stage.built.pipeline.image_processor.postprocess, []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if len(failures) < num_failures:
+            failures.append(stage.built and stage.built.offload and stage.built.offload.resident_bytes)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return postprocess(*args, **kwargs)
+
+    monkeypatch.setattr(stage.built.pipeline.image_processor, "postprocess", fail)
+    if num_failures == 1:
+        assert np.array_equal(request(), expected)
+        assert failures == [resident]
+    else:
+        with pytest.raises(StageError, match="out of memory"):
+            request()
+        assert failures == [resident, 0]
+    engine.activation_bytes = 1000
+    assert np.array_equal(request(), expected)
+    assert stage.built.offload.resident_bytes == resident
+    stage.unload()
 
 
 def write(model: Path, policy: Policy) -> list[str]:
