@@ -297,8 +297,8 @@ def test_keys_and_shapes_of_transformers(
 def test_a_failure_frees_the_memory(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     regions: list[weakref.ref[torch.Tensor]] = []
 
-    def allocate(num_bytes: int) -> HostMemory:
-        memory = HostMemory(num_bytes)
+    def allocate(num_bytes: int, **options: Any) -> HostMemory:
+        memory = HostMemory(num_bytes, **options)
         regions.append(weakref.ref(memory))
         return memory
 

@@ -79,7 +79,9 @@ def test_a_request_that_finds_no_memory_is_drawn_once_more(
         call={**recipe.call, "num_inference_steps": 2},
         offload=OffloadSpec(policy="layerwise", resident="400KB"),
     )
-    stage = DiffusionStage(StageContext("draw", spec, ".", memory=MemoryPlan(policy="layerwise")))
+    stage = DiffusionStage(
+        StageContext("draw", spec, ".", memory=MemoryPlan(policy="layerwise", awaits_checkpoint=True))
+    )
     stage.load(lambda progress: None)
     assert stage.built is not None
     assert stage.built.offload is not None
