@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from omni.checkpoint import auto_dtype, find_checkpoint
+from omni.checkpoint import auto_dtype, find_checkpoint, read_facts
 from omni.errors import RequestAborted, StageError, StageSetupError, UsageError, one_line
 from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
 from omni.model_paths import resolve_model_path
@@ -28,6 +28,7 @@ from stages.llm.reading import TextReader
 from stages.llm.tokens import ContinuousBatch, OneByOne, TokenSource, Update
 from stages.policies.load import ComponentRequest, load_components
 from stages.policies.offload.apply import Offload, apply_offload
+from stages.policies.offload.correction import Correction
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class LlmStage(Stage):
         self._one_by_one: OneByOne | None = None
         self._batch: ContinuousBatch | None = None
         self._offload: Offload | None = None
+        self._correction: Correction | None = None
 
     async def setup(self, report: Report) -> None:
         self._model, self._tokenizer = await asyncio.to_thread(self._load, report)
@@ -95,6 +97,8 @@ class LlmStage(Stage):
         rest = reader.finish()
         if rest:
             yield TextDelta(text=rest)
+        if self._correction is not None and not self._runs:
+            await asyncio.to_thread(self._correction.observe)
         yield Output(payload={"text": reader.text})
 
     async def abort(self, request_id: str) -> None:
@@ -138,6 +142,8 @@ class LlmStage(Stage):
             loaded = self._load_model(model, options, progress)
             if context.memory is not None and context.memory.policy != "none":
                 self._offload = apply_offload({COMPONENT: loaded}, context.memory, context.device, spec.offload)
+                facts = read_facts(CheckpointRef(spec.model, spec.revision), context.base_dir)
+                self._correction = Correction.of(context.name, self._offload, context.memory, spec, facts)
         except UsageError as error:
             raise StageSetupError(context.name, str(error)) from error
         except LOAD_FAULTS as error:

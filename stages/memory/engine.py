@@ -139,8 +139,11 @@ class CopyEngine(ABC):
         """The most memory that was in use at once beside what `allocate` gave; 0 where nobody counts."""
         return 0
 
-    def begin_measuring(self) -> None:
-        """From now on `peak_activation_bytes` tells the most since now; nothing computes at the moment."""
+    def begin_measuring(self, *, beside_all: bool = True) -> None:
+        """From now on `peak_activation_bytes` tells the most since now, beside all that is allocated at the moment.
+
+        Without `beside_all`, beside what was there when the engine was made. Nothing may compute meanwhile.
+        """
 
     def close(self) -> None:
         """Stop the reader threads."""
@@ -198,8 +201,9 @@ class CudaEngine(CopyEngine):
         peak = int(torch.cuda.max_memory_allocated(self.device))
         return max(0, peak - self.device_bytes - int(self._base_bytes))
 
-    def begin_measuring(self) -> None:
-        self._base_bytes = torch.cuda.memory_allocated(self.device) - self.device_bytes
+    def begin_measuring(self, *, beside_all: bool = True) -> None:
+        if beside_all:
+            self._base_bytes = torch.cuda.memory_allocated(self.device) - self.device_bytes
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:

@@ -58,6 +58,16 @@ class Correction:
             return None
         return cls(name, offload, memory, spec, facts) if facts.components else None
 
+    def observe(self) -> None:
+        """For stages that cannot do a request twice, while none is under way: let less stay when requests take more
+        than the plan thought. Never lets more stay, since a larger request would fail then."""
+        self._largest_bytes = max(self._largest_bytes, self._offload.measured_activation_bytes)
+        self._is_settled = True
+        self._settle()
+        keep_peak(str(self._offload.engine.device))
+        # What the stage holds for all requests, such as a cache, is part of what they take.
+        self._offload.engine.begin_measuring(beside_all=False)
+
     def run(self, work: Callable[[], T], is_out_of_memory: Callable[[RuntimeError], bool]) -> T:
         """`work`, measured. When the device's memory runs out, as few weights as possible stay, and `work` is done
         once more; what it raises then is raised."""

@@ -228,6 +228,15 @@ def test_turns_get_the_room_that_a_request_leaves() -> None:
     one.offload.reset()
 
 
+def test_who_cannot_do_a_request_twice_only_lets_less_stay() -> None:
+    one = bench(4, 2 * BLOCK)
+    for taken, kept in ((1, 4), (2 * BLOCK, 3), (BLOCK, 3), (30 * BLOCK, 0), (1, 0)):
+        one.engine.activation_bytes = taken
+        one.correction.observe()
+        assert one.num_resident == kept
+    one.offload.reset()
+
+
 def test_no_plan_no_correction() -> None:
     one = bench(1, BLOCK)
     assert Correction.of("draw", None, one.plan, one.spec, one.facts) is None

@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from omni.memory import MemoryPlan, Policy
-from omni.spec import OffloadSpec
+from omni.checkpoint import CheckpointFacts
+from omni.component_facts import BlockList, ComponentFacts
+from omni.memory import MemoryPlan, Policy, Room
+from omni.memory_layouts import CONTEXT_BYTES
+from omni.memory_planner import plan_memory
+from omni.spec import DiffusionSpec, OffloadSpec
 from stages.policies.offload.apply import Offload, apply_offload
+from stages.policies.offload.correction import Correction
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +52,48 @@ def denoiser() -> Denoiser:
     """3.3 GB of random bfloat16 weights on the CPU."""
     torch.manual_seed(0)
     return Denoiser().to(torch.bfloat16).eval()
+
+
+def test_requests_correct_the_plan_on_a_gpu(denoiser: Denoiser) -> None:
+    """A first request lets all blocks stay; one that finds no memory runs again with the least, and less stays."""
+    block = sum(p.numel() * 2 for p in denoiser.blocks[0].parameters())
+    total = sum(p.numel() * 2 for p in denoiser.parameters())
+    lists = (BlockList("blocks", ({"BF16": block},) * NUM_LAYERS),)
+    part = ComponentFacts({"BF16": total}, {"BF16": total - NUM_LAYERS * block}, lists)
+    facts = CheckpointFacts({"transformer": total}, parts={"transformer": part})
+    spec = DiffusionSpec(model="m", dtype="bfloat16", offload=OffloadSpec(ahead=1))
+    room = Room(device_bytes=total + CONTEXT_BYTES + block)
+    plan = plan_memory(spec, facts, room, activation_bytes=4 * block)
+    offload = apply_offload({"transformer": denoiser}, plan, "cuda", spec.offload)
+    correction = Correction.of("draw", offload, plan, spec, facts)
+    assert correction is not None
+    x, tries = tokens(16), 0
+
+    def request(taken: int, fails: bool = False) -> torch.Tensor:
+        def work() -> torch.Tensor:
+            nonlocal tries
+            tries += 1
+            held = torch.empty(taken, dtype=torch.uint8, device="cuda")
+            if fails and tries == 1:
+                torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+            with torch.no_grad():
+                return denoiser(x) + held[0] * 0
+
+        tries = 0
+        return correction.run(work, lambda error: isinstance(error, torch.OutOfMemoryError)).cpu()
+
+    try:
+        first, planned = request(block // 4), plan.components[0].device_bytes
+        assert block // 4 <= correction.memory.activation_bytes < block
+        assert offload.resident_bytes > planned
+        assert torch.equal(request(block // 4), first)
+        assert torch.equal(request(3 * block, fails=True), first)
+        assert tries == 2
+        assert correction.memory.activation_bytes >= 3 * block
+        assert offload.device_bytes + 3 * block <= plan.budget_bytes - CONTEXT_BYTES
+        assert torch.equal(request(block // 4), first)
+    finally:
+        offload.reset()
 
 
 def put(modules: dict[str, nn.Module], policy: Policy, **spec: Any) -> Offload:

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from omni.checkpoint import read_facts
 from omni.errors import StageError
-from omni.memory import ComponentMemory, MemoryPlan, Policy
+from omni.memory import ComponentMemory, MemoryPlan, Policy, Room
+from omni.memory_planner import plan_memory
 from omni.messages import Output
+from omni.registry import CheckpointRef
 from omni.spec import DiffusionSpec, LlmSpec, OffloadSpec, SamplingSpec
 from omni.stage import StageCall, StageContext, Work
 from stages.diffusion.stage import DiffusionStage
@@ -137,6 +140,31 @@ def write(model: Path, policy: Policy) -> list[str]:
             assert offload is None or offload.device_bytes == 0
 
     return asyncio.run(run())
+
+
+def test_a_language_stage_that_takes_more_than_planned_keeps_less(plain_model: Path) -> None:  # noqa: F811
+    offload = OffloadSpec(policy="layerwise", resident="1GiB", ahead=1)
+    spec = LlmSpec(model=str(plain_model), dtype="float32", sampling=SamplingSpec(max_new_tokens=4), offload=offload)
+    memory = plan_memory(spec, read_facts(CheckpointRef(str(plain_model)), ""), Room(device_bytes=8 << 30))
+    stage = LlmStage(StageContext("rewrite", spec, ".", num_threads=1, memory=memory))
+
+    async def run() -> list[int]:
+        await stage.setup(lambda progress: None)
+        assert stage._offload is not None
+        engine: Any = stage._offload.engine
+        kept = []
+        try:
+            for taken in (1, 7 << 30, 1):
+                engine.activation_bytes = taken
+                assert [item async for item in stage.run(StageCall("r", {"prompt": "one"}, 0))]
+                kept.append(stage._offload.resident_bytes)
+        finally:
+            await stage.teardown()
+        return kept
+
+    first, *later = asyncio.run(run())
+    assert first > 0
+    assert later == [0, 0]
 
 
 def test_a_language_stage_writes_the_same(plain_model: Path) -> None:  # noqa: F811
