@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import msgspec
 
@@ -38,21 +38,6 @@ class Chunk(msgspec.Struct, frozen=True):
                 return piece
             done -= piece.num_bytes
         return self.pieces[-1]
-
-
-def grouped(chunks: Iterable[Chunk], group_bytes: int) -> Iterator[tuple[Chunk, ...]]:
-    """Runs of chunks of about `group_bytes`.
-
-    Threads that work on runs seldom write into the same huge page, which the system would clear for each of them.
-    """
-    group: list[Chunk] = []
-    for chunk in chunks:
-        if group and sum(other.num_bytes for other in group) + chunk.num_bytes > group_bytes:
-            yield tuple(group)
-            group = []
-        group.append(chunk)
-    if group:
-        yield tuple(group)
 
 
 def plan_chunks(entries: Iterable[Entry], chunk_bytes: int) -> list[Chunk]:

@@ -18,17 +18,25 @@ from stages.device import use_device
 from stages.memory.host import HostMemory, region_of
 from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
-from stages.policies.load.chunks import grouped, plan_chunks
+from stages.policies.load.chunks import plan_chunks
 from stages.policies.load.files import Files, Method
 from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key
-from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
-from stages.policies.load.reader import FillRoute, Job, PopulateRoute, Progress, Route, StagedRoute, read_all
+from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, available_bytes, cached_share, direct_rate
+from stages.policies.load.reader import (
+    ConvertRoute,
+    FillRoute,
+    Job,
+    LeaveRoute,
+    PopulateRoute,
+    Progress,
+    Route,
+    StagedRoute,
+    read_all,
+)
 from stages.policies.load.staging import CudaLink, HostStaging, RingStaging, Staging
 
 log = logging.getLogger(__name__)
 
-CONVERT_BYTES = 1 << 20
-"""Read at once where the CPU converts: what fits its cache."""
 MIN_CHUNK_BYTES = 64 << 10
 """Smaller chunks only cost."""
 
@@ -172,8 +180,9 @@ class Load:
         """Add the chunks of one component."""
         request = blueprint.request
         populated: list[Entry] = [entry for merge in blueprint.merges for entry in merge.sources]
+        mapped: list[Entry] = []
         filled: dict[str, torch.Tensor] = {}
-        staged: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
+        changed: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
         entries = {target.source.name: target.source for target in blueprint.targets if target.source}
         for target in blueprint.targets:
             entry, tensor = target.source, tensors[target.name].view(-1)
@@ -181,24 +190,27 @@ class Load:
                 continue
             same = DTYPES[entry.dtype] == target.dtype
             if same and maps(request, self._spec.reader):
-                populated.append(entry)
+                mapped.append(entry)
             elif same and is_on_cpu(request) and self._files.method == "buffered":
                 filled[entry.name] = tensor.view(torch.uint8)
             else:
-                staged[entry.name] = (DTYPES[entry.dtype], tensor)
+                changed[entry.name] = (DTYPES[entry.dtype], tensor)
         converts = is_on_cpu(request) and self._files.method == "buffered"
-        parts: list[tuple[list[Entry], Route, int]] = [
-            (populated, PopulateRoute(), self._chunk_bytes),
-            ([entries[name] for name in filled], FillRoute(filled), self._chunk_bytes),
+        parts: list[tuple[list[Entry], Route]] = [
+            (populated, PopulateRoute()),
+            (mapped, PopulateRoute() if self._populates(request) else LeaveRoute()),
+            ([entries[name] for name in filled], FillRoute(filled)),
             (
-                [entries[name] for name in staged],
-                StagedRoute(staged, self._staging_for(request)),
-                min(CONVERT_BYTES, self._chunk_bytes) if converts else self._chunk_bytes,
+                [entries[name] for name in changed],
+                ConvertRoute(changed) if converts else StagedRoute(changed, self._staging_for(request)),
             ),
         ]
-        for chosen, route, chunk_bytes in parts:
-            chunks = plan_chunks(chosen, chunk_bytes)
-            self._jobs += [Job(request.name, group, route) for group in grouped(chunks, self._chunk_bytes)]
+        for chosen, route in parts:
+            self._jobs += [Job(request.name, chunk, route) for chunk in plan_chunks(chosen, self._chunk_bytes)]
+
+    def _populates(self, request: ComponentRequest) -> bool:
+        """Whether to read mapped files now: not for offload, which reads by block, nor what memory cannot hold."""
+        return request.target == "device" and sum(b.num_bytes for b in self._blueprints) < available_bytes()
 
     def _staging_for(self, request: ComponentRequest) -> Callable[[], Staging]:
         if is_on_cpu(request):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -18,6 +19,10 @@ BLOCK = 4096
 POPULATE_READ = 22
 """MADV_POPULATE_READ: read pages and enter them into the page table at once. The mmap module has no name for it."""
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+"""mmap's own madvise keeps the interpreter to itself while it waits for the disk; ctypes lets other threads run."""
+
 
 class Mapping:
     """A whole file in memory, private: what is written there never reaches the file."""
@@ -28,17 +33,17 @@ class Mapping:
             self.map = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         finally:
             os.close(descriptor)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.map.madvise(mmap.MADV_HUGEPAGE)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
 
     def populate(self, offset: int, num_bytes: int) -> None:
         """Have these bytes in memory, and no page fault later. Raises OSError as a read would."""
         begin = offset - offset % mmap.PAGESIZE
-        try:
-            self.map.madvise(POPULATE_READ, begin, offset + num_bytes - begin)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel before 5.14: pages then come when they are used
-                raise
+        if _libc.madvise(self._address + begin, offset + num_bytes - begin, POPULATE_READ):
+            code = ctypes.get_errno()
+            if code == errno.EFAULT:  # what the disk could not give, or the file does not have any more
+                code = errno.EIO
+            if code != errno.EINVAL:  # a kernel before 5.14: pages then come when they are used
+                raise OSError(code, os.strerror(code))
 
 
 class Files:

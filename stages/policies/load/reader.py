@@ -14,10 +14,12 @@ import torch
 from omni.errors import UsageError
 from stages.policies.load.chunks import Chunk
 from stages.policies.load.files import Files
-from stages.policies.load.staging import Staging
+from stages.policies.load.staging import Staging, convert
 
 Progress = Callable[[str, int, int], None]
 """(component, bytes done, bytes in all)."""
+Targets = Mapping[str, tuple[torch.dtype, torch.Tensor]]
+"""Tensor -> its dtype in the file, and its destination as one dimension."""
 
 REPORT_SECONDS = 0.1
 """How often progress is told."""
@@ -59,6 +61,13 @@ class PopulateRoute(Route):
         lane.files.populate(chunk)
 
 
+class LeaveRoute(Route):
+    """The tensors are mapped; their pages are read when they are used."""
+
+    def carry(self, chunk: Chunk, lane: Lane) -> None:
+        """Nothing to do."""
+
+
 class FillRoute(Route):
     """Straight into the tensors' memory. `targets`: tensor -> its bytes."""
 
@@ -70,15 +79,26 @@ class FillRoute(Route):
         lane.files.scatter(chunk, views)
 
 
-class StagedRoute(Route):
-    """Through a buffer: to another dtype or device, or past the page cache.
+class ConvertRoute(Route):
+    """From mapped files to another dtype in the CPU's memory.
 
-    `targets`: tensor -> (dtype in the file, 1-D destination).
+    Pages of the page cache are converted where they lie: to read them first would be one more copy.
     """
 
-    def __init__(
-        self, targets: Mapping[str, tuple[torch.dtype, torch.Tensor]], make_staging: Callable[[], Staging]
-    ) -> None:
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+
+    def carry(self, chunk: Chunk, lane: Lane) -> None:
+        lane.files.populate(chunk)
+        mapped = torch.frombuffer(lane.files.mapping(chunk.file).map, dtype=torch.uint8)
+        for source, target in _pieces(chunk, mapped, chunk.offset, self._targets):
+            convert(source, target)
+
+
+class StagedRoute(Route):
+    """Through a buffer: to a device, or past the page cache."""
+
+    def __init__(self, targets: Targets, make_staging: Callable[[], Staging]) -> None:
         self._targets = targets
         self._make_staging = make_staging
 
@@ -86,22 +106,30 @@ class StagedRoute(Route):
         staging = lane.staging(self._make_staging)
         buffer = staging.buffer()
         begin = lane.files.read(chunk, memoryview(buffer.numpy()))
-        for piece in chunk.pieces:
-            dtype, target = self._targets[piece.name]
-            source = buffer[begin : begin + piece.num_bytes]
-            if begin % dtype.itemsize:
-                source = source.clone()  # elements that are not aligned in the file
-            first = piece.start // dtype.itemsize
-            staging.deliver(source.view(dtype), target[first : first + piece.num_bytes // dtype.itemsize])
-            begin += piece.num_bytes
+        for source, target in _pieces(chunk, buffer, begin, self._targets):
+            staging.deliver(source, target)
         staging.submit()
 
 
+def _pieces(
+    chunk: Chunk, memory: torch.Tensor, begin: int, targets: Targets
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Source and destination of each piece, 1-D, of a chunk that lies in `memory` (uint8) from `begin` on."""
+    for piece in chunk.pieces:
+        dtype, target = targets[piece.name]
+        source = memory[begin : begin + piece.num_bytes]
+        if begin % dtype.itemsize:
+            source = source.clone()  # elements that are not aligned in the file
+        first = piece.start // dtype.itemsize
+        yield source.view(dtype), target[first : first + piece.num_bytes // dtype.itemsize]
+        begin += piece.num_bytes
+
+
 class Job(msgspec.Struct, frozen=True):
-    """Chunks of one component that one thread reads one after another."""
+    """One chunk of one component."""
 
     component: str
-    chunks: tuple[Chunk, ...]
+    chunk: Chunk
     route: Route
 
 
@@ -137,23 +165,20 @@ class _Pool:
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, seconds)
 
-    def _take(self) -> Iterator[tuple[Job, Chunk]]:
+    def _take(self) -> Iterator[Job]:
         while True:
             try:
-                job = self._jobs.popleft()
+                yield self._jobs.popleft()
             except IndexError:
                 return
-            for chunk in job.chunks:
-                if self.failure is None:
-                    yield job, chunk
 
     def _work(self) -> None:
         lane = Lane(self._files)
         try:
-            for job, chunk in self._take():
-                job.route.carry(chunk, lane)
+            for job in self._take():
+                job.route.carry(job.chunk, lane)
                 with self._changed:
-                    self.done[job.component] = self.done.get(job.component, 0) + chunk.num_bytes
+                    self.done[job.component] = self.done.get(job.component, 0) + job.chunk.num_bytes
         except (OSError, RuntimeError, ValueError, MemoryError, UsageError) as error:
             self.stop(error)
         finally:

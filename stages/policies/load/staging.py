@@ -11,6 +11,9 @@ import torch
 from stages.memory.host import HostMemory
 from stages.policies.load.files import BLOCK
 
+SERIAL_ELEMENTS = 32767
+"""torch gives the elements of one operation to several threads from 32768 on."""
+
 
 class Staging(abc.ABC):
     """What one thread reads into. For each chunk: `buffer`, then `deliver` for each piece, then `submit`."""
@@ -31,10 +34,7 @@ class Staging(abc.ABC):
 
 
 class HostStaging(Staging):
-    """Delivers at once, by the thread itself. torch's own threads keep out: each reader works on its own chunk."""
-
-    PART = 32767
-    """torch gives the elements of one operation to several threads from 32768 on."""
+    """Delivers at once, by the thread itself."""
 
     def __init__(self, chunk_bytes: int) -> None:
         self._buffer = HostMemory(chunk_bytes + 2 * BLOCK).bytes
@@ -43,7 +43,12 @@ class HostStaging(Staging):
         return self._buffer
 
     def deliver(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        torch._foreach_copy_(target.split(self.PART), source.split(self.PART))
+        convert(source, target)
+
+
+def convert(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy to another dtype on the CPU, by the calling thread alone: each reader has a chunk of its own to work on."""
+    torch._foreach_copy_(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS))
 
 
 class Link(abc.ABC):

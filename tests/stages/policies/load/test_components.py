@@ -200,6 +200,22 @@ def test_nothing_is_read_twice_into_memory(flux: Path, monkeypatch: pytest.Monke
         assert any(begin <= parameter.data_ptr() < end for begin, end in ranges)
 
 
+@pytest.mark.parametrize(
+    ("target", "available", "populated"), [("device", 1 << 40, True), ("device", 1000, False), ("host", 1 << 40, False)]
+)
+def test_mapped_files_are_read_where_that_helps(
+    target: str, available: int, populated: bool, flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(components, "available_bytes", lambda: available)
+    monkeypatch.setattr("stages.policies.load.files.Files.populate", lambda self, chunk: seen.append(chunk.num_bytes))
+    told: list[tuple[str, int, int]] = []
+    request = request_of(flux, target=target)
+    load_components([request], LoadSpec(reader="mmap"), lambda *report: told.append(report))
+    assert bool(seen) == populated
+    assert told[-1][1] == told[-1][2] > 0
+
+
 def test_merged_experts_lie_in_the_region_too(root: Path) -> None:
     folder = models.save("experts_merged", root)
     request = request_of(

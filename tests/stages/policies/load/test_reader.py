@@ -20,7 +20,7 @@ from stages.policies.load import reader
 from stages.policies.load.catalog import Entry
 from stages.policies.load.chunks import Chunk, Piece, plan_chunks
 from stages.policies.load.files import Files
-from stages.policies.load.reader import FillRoute, Job, Lane, PopulateRoute, Route, StagedRoute, read_all
+from stages.policies.load.reader import ConvertRoute, FillRoute, Job, Lane, PopulateRoute, Route, StagedRoute, read_all
 from stages.policies.load.staging import HostStaging, RingStaging
 from tests.stages.policies.load.test_staging import LateLink
 
@@ -48,26 +48,27 @@ def make_file(folder: str, counts: list[int], lead: int) -> tuple[list[Entry], d
     lead=st.integers(8, 80),
     num_threads=st.integers(1, 5),
     chunk_bytes=st.integers(64, 2500),
-    way=st.sampled_from(["fill", "convert", "direct", "ring"]),
+    way=st.sampled_from(["fill", "convert", "staged", "direct", "ring"]),
 )
 def test_every_tensor_arrives(counts: list[int], lead: int, num_threads: int, chunk_bytes: int, way: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         entries, tensors = make_file(folder, counts, lead)
-        dtype = torch.float32 if way in ("convert", "ring") else torch.bfloat16
+        dtype = torch.float32 if way in ("convert", "staged", "ring") else torch.bfloat16
         targets = {name: torch.full(tensor.shape, -1.0, dtype=dtype) for name, tensor in tensors.items()}
         staging: Callable[[], HostStaging | RingStaging] = functools.partial(HostStaging, chunk_bytes)
         if way == "ring":
             staging = lambda: RingStaging(LateLink(), chunk_bytes, pin=False)  # noqa: E731
-        route: Route = (
-            FillRoute({name: target.view(torch.uint8) for name, target in targets.items()})
-            if way == "fill"
-            else StagedRoute({name: (torch.bfloat16, target) for name, target in targets.items()}, staging)
-        )
+        changed = {name: (torch.bfloat16, target) for name, target in targets.items()}
+        route: Route = StagedRoute(changed, staging)
+        if way == "fill":
+            route = FillRoute({name: target.view(torch.uint8) for name, target in targets.items()})
+        elif way == "convert":
+            route = ConvertRoute(changed)
         chunks = plan_chunks(entries, chunk_bytes)
         files, told = Files("direct" if way == "direct" else "buffered"), []
         total = sum(entry.num_bytes for entry in entries)
         read_all(
-            [Job("part", (chunk,), route) for chunk in chunks],
+            [Job("part", chunk, route) for chunk in chunks],
             files,
             num_threads,
             {"part": total},
@@ -97,7 +98,7 @@ class Counting(Route):
 
 
 def jobs_of(route: Route, count: int) -> list[Job]:
-    return [Job("part", (Chunk("file", number, 1, (Piece("w", number, 1),)),), route) for number in range(count)]
+    return [Job("part", Chunk("file", number, 1, (Piece("w", number, 1),)), route) for number in range(count)]
 
 
 @pytest.mark.parametrize("failure", [UsageError("broken"), OSError("gone"), RuntimeError("CUDA"), MemoryError()])
@@ -175,7 +176,7 @@ def test_faults_of_reading_name_file_and_tensor(
         if staged
         else FillRoute({name: target.view(torch.uint8) for name, target in targets.items()})
     )
-    jobs = [Job("part", (chunk,), route) for chunk in plan_chunks(entries, 1 << 16)]
+    jobs = [Job("part", chunk, route) for chunk in plan_chunks(entries, 1 << 16)]
     with pytest.raises(UsageError) as caught:
         read_all(jobs, Files("buffered"), 2, {"part": 600}, quiet)
     assert str(caught.value) == f"{tmp_path}/weights: {message}"
@@ -184,7 +185,7 @@ def test_faults_of_reading_name_file_and_tensor(
 def test_populating_reads_the_mapped_file(tmp_path: Path) -> None:
     entries, tensors = make_file(str(tmp_path), [1000, 5000], 8)
     files = Files("buffered")
-    jobs = [Job("part", (chunk,), PopulateRoute()) for chunk in plan_chunks(entries, 4096)]
+    jobs = [Job("part", chunk, PopulateRoute()) for chunk in plan_chunks(entries, 4096)]
     told: list[tuple[str, int, int]] = []
     read_all(jobs, files, 2, {"part": 12000}, lambda *report: told.append(report))
     assert told[-1] == ("part", 12000, 12000)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.policies.load.files import BLOCK
-from stages.policies.load.staging import HostStaging, Link, RingStaging
+from stages.policies.load.staging import SERIAL_ELEMENTS, HostStaging, Link, RingStaging
 
 
 class LateLink(Link):
@@ -60,7 +60,7 @@ def test_buffers_are_aligned_and_long_enough() -> None:
             staging.submit()
 
 
-@given(count=st.integers(0, 3 * HostStaging.PART + 5))
+@given(count=st.integers(0, 3 * SERIAL_ELEMENTS + 5))
 def test_host_staging_converts_every_element(count: int) -> None:
     source = torch.arange(count, dtype=torch.float32)
     target = torch.full((count,), -1, dtype=torch.bfloat16)
