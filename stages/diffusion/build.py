@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from pathlib import Path
@@ -84,16 +85,20 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval()
-    # 5. The call, now that the class is known for sure
-    signature = signature_of(type(pipeline))
-    if mistakes := call_mistakes(spec.call, signature):
-        raise _mistaken(stage, mistakes)
-    # 6. The seam in each denoiser's forward
-    seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
+    with contextlib.ExitStack() as undo:
+        if offload is not None:
+            undo.callback(offload.reset)
+        # 5. The call, now that the class is known for sure
+        signature = signature_of(type(pipeline))
+        if mistakes := call_mistakes(spec.call, signature):
+            raise _mistaken(stage, mistakes)
+        # 6. The seam in each denoiser's forward
+        seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
+        # 7. What requests take corrects the plan, where there is one
+        correction = Correction.of(stage, offload, context.memory, spec, facts)
+        undo.pop_all()
     total = sum(sizes.values())
     report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
-    # 7. What requests take corrects the plan, where there is one
-    correction = Correction.of(stage, offload, context.memory, spec, facts)
     return Built(pipeline, signature, seams, device, dtype, offload, correction)
 
 

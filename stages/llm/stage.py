@@ -12,11 +12,14 @@ from typing import Any
 
 import jinja2
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from omni.checkpoint import auto_dtype, find_checkpoint, read_facts
 from omni.errors import RequestAborted, StageError, StageSetupError, UsageError, one_line
+from omni.memory import MemoryPlan
+from omni.memory_planner import settle
 from omni.messages import LoadProgress, Output, Progress, StageItem, Started, TextDelta
 from omni.model_paths import resolve_model_path
 from omni.registry import CheckpointRef
@@ -36,6 +39,8 @@ LOAD_FAULTS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueErr
 BATCH_FAULTS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a model that it cannot load, or cannot batch."""
 COMPONENT = "model"
+NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+"""Of a hub checkpoint; no pickled weights."""
 PROBE_SECONDS = 120.0
 PROBE_LENGTHS = (2, 5)
 PROBE_TOKENS = 3
@@ -139,11 +144,14 @@ class LlmStage(Stage):
         options = {"revision": spec.revision or "main", "trust_remote_code": spec.trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(model, **options)
-            loaded = self._load_model(model, options, progress)
-            if context.memory is not None and context.memory.policy != "none":
-                self._offload = apply_offload({COMPONENT: loaded}, context.memory, context.device, spec.offload)
-                facts = read_facts(CheckpointRef(spec.model, spec.revision), context.base_dir)
-                self._correction = Correction.of(context.name, self._offload, context.memory, spec, facts)
+            if context.memory is not None and context.memory.awaits_checkpoint:
+                snapshot_download(spec.model, revision=spec.revision, allow_patterns=NEEDED_FILES)
+            facts = read_facts(CheckpointRef(spec.model, spec.revision), context.base_dir)
+            memory = settle(context.memory, spec, facts)
+            loaded = self._load_model(model, options, progress, memory)
+            if memory is not None and memory.policy != "none":
+                self._offload = apply_offload({COMPONENT: loaded}, memory, context.device, spec.offload)
+                self._correction = Correction.of(context.name, self._offload, memory, spec, facts)
         except UsageError as error:
             raise StageSetupError(context.name, str(error)) from error
         except LOAD_FAULTS as error:
@@ -159,9 +167,15 @@ class LlmStage(Stage):
         )
         return loaded.eval(), tokenizer
 
-    def _load_model(self, model: str, options: dict[str, Any], progress: Callable[[str, int, int], None]) -> Any:
+    def _load_model(
+        self,
+        model: str,
+        options: dict[str, Any],
+        progress: Callable[[str, int, int], None],
+        memory: MemoryPlan | None,
+    ) -> Any:
         """The model; a hub id that is not on this machine yet is fetched and loaded by transformers itself."""
-        spec, device, memory = self._spec, self.context.device, self.context.memory
+        spec, device = self._spec, self.context.device
         dtype = auto_dtype(device) if spec.dtype == "auto" else spec.dtype
         moves = memory is not None and memory.moves(COMPONENT)
         folder = find_checkpoint(CheckpointRef(spec.model, spec.revision), self.context.base_dir)

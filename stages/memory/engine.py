@@ -120,9 +120,14 @@ class CopyEngine(ABC):
     def record(self) -> Any:
         """An event that passes when all that was computed so far is done."""
 
-    @abstractmethod
     def synchronize(self) -> None:
-        """Wait until the device has done everything."""
+        """Wait until the device has done everything, staged copies included."""
+        if self._staging is not None:
+            self._staging.drain(STAGED_SECONDS)
+        self._synchronize()
+
+    @abstractmethod
+    def _synchronize(self) -> None: ...
 
     def evict(self, memory: torch.Tensor) -> None:
         """Nobody will read what is in `memory`."""
@@ -194,7 +199,7 @@ class CudaEngine(CopyEngine):
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def synchronize(self) -> None:
+    def _synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
     def peak_activation_bytes(self) -> int:
@@ -263,7 +268,7 @@ class HostEngine(CopyEngine):
             self.log.append(("record", self._clock))
             return self._clock
 
-    def synchronize(self) -> None:
+    def _synchronize(self) -> None:
         with self._steps:
             self._run_pending(None)
             self._used.clear()

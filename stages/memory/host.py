@@ -26,7 +26,8 @@ HUGE_PAGES_SPARE = 1.5
 CHECK_BYTES = 64 << 20
 """Smaller regions are taken without a look at the machine's limits."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Reentrant: the garbage collector may close a region in the middle of anything."""
 _open: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()
 """Address -> region, for all that are alive and not closed."""
 _held: set[HostMemory] = set()

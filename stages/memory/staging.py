@@ -43,6 +43,10 @@ class StagingRing:
         _will_need(source)
         return self._sender.submit(self._send, target, source, after)
 
+    def drain(self, seconds: float) -> None:
+        """Wait until all that was submitted has been issued. Raises TimeoutError."""
+        self._sender.submit(lambda: None).result(timeout=seconds)
+
     def close(self) -> None:
         """Finish what was submitted and stop the threads."""
         self._sender.shutdown()

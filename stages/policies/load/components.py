@@ -15,12 +15,13 @@ import torch
 from omni.sizes import parse_bytes
 from omni.spec import LoadSpec
 from stages.device import use_device
-from stages.memory.host import HostMemory, region_of
-from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Unsupported
+from stages.memory.host import CHECK_BYTES, HostMemory, region_of
+from stages.memory.limits import check_room
+from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Target, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
 from stages.policies.load.chunks import plan_chunks
 from stages.policies.load.files import Files, Method
-from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key
+from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key, target_bytes
 from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, available_bytes, cached_share, direct_rate
 from stages.policies.load.reader import (
     ConvertRoute,
@@ -119,6 +120,7 @@ class Load:
     def run(self, progress: Progress) -> None:
         """Fill and finish the modules. Raises UsageError, torch.OutOfMemoryError."""
         try:
+            self._check_room()
             # In one order everywhere: two processes that wait for each other's regions would wait for ever
             for blueprint in sorted(self._blueprints, key=lambda blueprint: blueprint.request.folder.resolve()):
                 tensors = self._place(blueprint)
@@ -151,15 +153,36 @@ class Load:
         for module, memory in self._memories:
             weakref.finalize(module, memory.close).atexit = False
 
+    def _check_room(self) -> None:
+        """Raise UsageError when the host lacks memory for all components together: none of it is touched yet, so that
+        each by itself would seem to fit."""
+        needed = sum(
+            target_bytes(target)
+            for blueprint in self._blueprints
+            if is_on_cpu(blueprint.request) and not blueprint.request.shares
+            for target in self._fresh(blueprint)
+        )
+        if needed >= CHECK_BYTES:
+            check_room(needed, "a copy of the weights")
+
+    def _fresh(self, blueprint: Blueprint) -> list[Target]:
+        """The targets that do not stay in their mapped files."""
+        maps_equal = maps(blueprint.request, self._spec.reader)
+        return [
+            target
+            for target in blueprint.targets
+            if not (maps_equal and target.source and DTYPES[target.source.dtype] == target.dtype)
+        ]
+
     def _place(self, blueprint: Blueprint) -> dict[str, torch.Tensor]:
         """Name -> tensor of each target: mapped files where they are to stay, else fresh memory."""
-        request = blueprint.request
+        request, fresh = blueprint.request, self._fresh(blueprint)
+        names = {target.name for target in fresh}
         mapped = {
             target.name: map_tensor(target.source, self._files)
             for target in blueprint.targets
-            if target.source and maps(request, self._spec.reader) and DTYPES[target.source.dtype] == target.dtype
+            if target.source and target.name not in names
         }
-        fresh = [target for target in blueprint.targets if target.name not in mapped]
         if not fresh:
             return mapped
         if is_on_cpu(request):

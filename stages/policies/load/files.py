@@ -16,6 +16,8 @@ Method = Literal["buffered", "direct"]
 """Through the page cache, or past it."""
 BLOCK = 4096
 """What reads past the page cache are aligned to, in the file and in memory, in bytes."""
+MAP_NORESERVE = 0x4000
+"""Memory for private pages is asked for when one is written, so that files may be larger than it; mmap has no name."""
 POPULATE_READ = 22
 """MADV_POPULATE_READ: read pages and enter them into the page table at once. The mmap module has no name for it."""
 
@@ -30,7 +32,9 @@ class Mapping:
     def __init__(self, file: str) -> None:
         descriptor = _open(file, os.O_RDONLY)
         try:
-            self.map = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self.map = mmap.mmap(
+                descriptor, 0, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
         finally:
             os.close(descriptor)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))

@@ -198,6 +198,7 @@ def read_all(jobs: list[Job], files: Files, num_threads: int, totals: Mapping[st
     stopped; UsageError when nothing at all is read for STALL_SECONDS.
     """
     pool = _Pool(jobs, files)
+    num_bytes = sum(job.chunk.num_bytes for job in jobs)
     threads = pool.start(max(1, min(num_threads, len(jobs))) if jobs else 0)
     told = dict.fromkeys(totals, -1)
     moved = time.monotonic()
@@ -221,3 +222,5 @@ def read_all(jobs: list[Job], files: Files, num_threads: int, totals: Mapping[st
         thread.join(REPORT_SECONDS)
     if pool.failure is not None:
         raise pool.failure
+    if (done := sum(pool.done.values())) != num_bytes:  # a thread ended in a way that nobody thought of
+        raise UsageError(f"only {done} of {num_bytes} bytes were read, see the log: load again")

@@ -133,6 +133,7 @@ class Offload:
             roots = _roots(self._components)
             shared = shared_parameters(list(roots.values()))
             parts = {name: take_apart(module, shared) for name, module in roots.items()}
+            _share_out(parts)
             # 2. What becomes of each: as planned, and as the policy says where the plan does not name it
             planned = {component.name: component for component in self._memory.components}
             ways = {name: self._way(parts[name], planned.get(name)) for name in parts}
@@ -143,7 +144,7 @@ class Offload:
             self._place({name: part for name, part in parts.items() if ways[name] != "turn"}, ways, planned)
             self._take_turns({name: part for name, part in parts.items() if ways[name] == "turn"})
         except BaseException:
-            self._undo()
+            self.reset()
             raise
 
     def _undo(self) -> None:
@@ -224,6 +225,14 @@ def apply_offload(
     offload = Offload(components, memory, spec, engine or engine_for(device), order)
     offload._do()
     return offload
+
+
+def _share_out(parts: dict[str, Parts]) -> None:
+    """Leave each parameter that components share to the first of them, which puts it on the device for all."""
+    taken: set[int] = set()
+    for part in parts.values():
+        part.shared[:] = [parameter for parameter in part.shared if id(parameter) not in taken]
+        taken |= {id(parameter) for parameter in part.shared}
 
 
 def _roots(components: dict[str, nn.Module]) -> dict[str, nn.Module]:

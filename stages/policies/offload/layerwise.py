@@ -45,6 +45,8 @@ class LayerwiseComponent:
         try:
             self.streamer = self._stream(self.block_bytes if resident_bytes is None else resident_bytes)
         except BaseException:
+            for unit in self._units:
+                unit.restore()
             self._placed.restore()
             raise
         self._gates = [Gate(parts.module, entry, scoped(self.lock)) for entry in entries(parts.module)]

@@ -69,6 +69,7 @@ class Streamer:
         self.resident = frozenset(resident)
         self._kept: dict[int, torch.Tensor] = {}
         self._slots: list[Slot] = []
+        self._holding: dict[int, Slot] = {}
         sizes = [unit.num_bytes for unit in units]
         try:
             for number in sorted(self.resident):
@@ -76,10 +77,13 @@ class Streamer:
             num_slots, num_bytes = slot_bytes(sizes, self.resident, ahead)
             for _ in range(num_slots):
                 self._slots.append(Slot(engine.allocate(num_bytes)))
+            for number, memory in self._kept.items():
+                for ready in units[number].copy_in(engine, memory, staged=staged):
+                    engine.wait(ready)
+                units[number].bind(memory)
         except BaseException:
             self._free()
             raise
-        self._holding: dict[int, Slot] = {}
         self._order = [number for number in range(len(units)) if number not in self.resident]
         """Streamed blocks in the order of their calls, as far as it is known."""
         self._place = {number: place for place, number in enumerate(self._order)}
@@ -87,10 +91,6 @@ class Streamer:
         self._last: int | None = None
         self._is_learnt = False
         """A first round is over: blocks that were not called in it are not expected."""
-        for number, memory in self._kept.items():
-            for ready in units[number].copy_in(engine, memory, staged=staged):
-                engine.wait(ready)
-            units[number].bind(memory)
         for number in self._order:
             units[number].unbind(engine)
 
@@ -114,6 +114,8 @@ class Streamer:
 
         Raises what kept a staged copy from being read.
         """
+        if not self._slots:
+            raise torch.OutOfMemoryError("the device had no memory left for the weights that stream: out of memory")
         self._learn(number)
         following = self._following(number)
         wanted = {number, *following}
@@ -145,12 +147,13 @@ class Streamer:
         self._engine.synchronize()
         for unit in self._units:
             unit.unbind(self._engine)
+        self.resident = frozenset()
         self._free()
 
     def _free(self) -> None:
         for memory in [*self._kept.values(), *(slot.memory for slot in self._slots)]:
             self._engine.free(memory)
-        self._kept, self._slots = {}, []
+        self._kept, self._slots, self._holding = {}, [], {}
 
     def _fetch(self, number: int, slot: Slot) -> None:
         self._empty(slot)

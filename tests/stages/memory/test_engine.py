@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
@@ -157,3 +160,29 @@ def test_copies_run_beside_kernels() -> None:
     computing, both = seconds(0, products), seconds(4, products)
     assert both < 0.75 * (copying + computing)
     region.close()
+
+
+def test_synchronize_waits_for_staged_copies_that_wait_for_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, issued = threading.Event(), []
+    engine = HostEngine()
+    send = staging.StagingRing._send
+
+    def late(*arguments: Any) -> Any:
+        assert release.wait(20)
+        event = send(*arguments)
+        issued.append(event)
+        return event
+
+    monkeypatch.setattr(staging.StagingRing, "_send", late)
+    memory = engine.allocate(64)
+    engine.copy_in(memory, source(64), staged=True)
+    waiting = threading.Thread(target=engine.synchronize, daemon=True)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    release.set()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert len(issued) == 1
+    assert memory.eq(7).all()
+    engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,3 +118,18 @@ def test_without_room_to_share_the_region_is_private_and_says_why(
     region.filled()
     region.bytes.fill_(1)
     region.close()
+
+
+def test_a_region_may_be_closed_while_its_lock_is_held() -> None:
+    """As the garbage collector does when it finds a module in the middle of a copy."""
+    region = HostMemory(64)
+
+    def collect() -> None:
+        with host._lock:
+            region.close()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert host.region_of(region.bytes) is None

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from omni.errors import UsageError
 from omni.spec import LoadSpec
+from stages.memory import limits
 from stages.memory.host import HostMemory
 from stages.policies.load import ComponentRequest, components, load_components
 from tests.stages.diffusion import tiny
@@ -368,3 +370,16 @@ def test_two_libraries_at_once(flux: Path, root: Path) -> None:
     assert list(loaded) == ["part", "text"]
     last = {name: (done, total) for name, done, total in told}
     assert all(done == total > 0 for done, total in last.values())
+
+
+def test_components_that_fit_one_by_one_but_not_together_are_refused(
+    flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [msgspec.structs.replace(request_of(flux, target="host"), name=name) for name in ("one", "two")]
+    size = sum(p.nbytes for p in load_components(requests[:1], LoadSpec(), lambda *_: None)["one"].parameters())
+    room = limits.Room(int(1.5 * size), "a test")
+    monkeypatch.setattr(components, "CHECK_BYTES", 1)
+    monkeypatch.setattr(limits, "host_room", lambda: room)
+    load_components(requests[:1], LoadSpec(), lambda *_: None)
+    with pytest.raises(UsageError, match=r"needs .* of host memory, and .* are available \(a test\)"):
+        load_components(requests, LoadSpec(), lambda *_: None)

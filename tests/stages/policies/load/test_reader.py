@@ -202,3 +202,17 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=r"gone: cannot be read: No such file or directory"):
             call()
+
+
+def test_a_thread_that_ends_in_an_unknown_way_fails_the_load(tmp_path: Path) -> None:
+    class Broken(Route):
+        def carry(self, chunk: Chunk, lane: Lane) -> None:
+            raise KeyError("nobody thought of this")
+
+    jobs = [Job("part", Chunk("file", 0, 4, (Piece("t", 0, 4),)), Broken())]
+    before, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        with pytest.raises(UsageError, match="only 0 of 4 bytes were read"):
+            read_all(jobs, Files("buffered"), 1, {"part": 4}, quiet)
+    finally:
+        threading.excepthook = before

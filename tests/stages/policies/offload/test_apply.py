@@ -31,6 +31,22 @@ def test_components_inside_one_another_and_shared_weights(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_shared_parameter_is_on_the_device_once(policy: str) -> None:
+    first, second = Denoiser().eval(), Denoiser().eval()
+    alone = put({"a": first, "b": second}, policy)
+    apart = alone.counters.bytes_in
+    alone.reset()
+    second.table = first.table
+    master = first.table.data_ptr()
+    offload = put({"a": first, "b": second}, policy)
+    if policy != "component":  # whose components are copied whole, and when they are called
+        assert offload.counters.bytes_in <= apart - first.table.nbytes
+    assert first.table.data_ptr() != master
+    offload.reset()
+    assert first.table.data_ptr() == second.table.data_ptr() == master
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_what_is_written_to_buffers_is_kept(policy: str) -> None:
     denoiser = Denoiser().eval()
     with torch.no_grad():
