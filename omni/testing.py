@@ -50,7 +50,7 @@ class DoubleSpec(StageSpec, frozen=True, kw_only=True, tag="double"):
     hold: bool = False
     """Wait in the last step until aborted."""
     deaf: bool = False
-    """Ignore aborts while holding, as a stage stuck in foreign code does."""
+    """Ignore aborts, as a stage stuck in foreign code does."""
     writes_input: bool = False
     """Write into the first tensor input."""
     model: bool = True
@@ -102,7 +102,8 @@ class DoubleStage(ThreadedStage):
         digest = digest_of({"seed": call.seed, "stage": self.context.name, **call.inputs})
         fails = not spec.fail_on or spec.fail_on in repr(call.inputs)
         for step in range(spec.steps):
-            work.raise_if_aborted()
+            if not spec.deaf:
+                work.raise_if_aborted()
             busy_until = time.perf_counter() + spec.step_seconds
             while time.perf_counter() < busy_until:
                 pass
