@@ -108,12 +108,16 @@ class _Mailbox:
         self._items: asyncio.Queue[StageItem | BaseException] = asyncio.Queue()
         self._timer: asyncio.TimerHandle | None = None
         """Set while the loop will look by itself."""
+        self._is_woken = False
+        """The loop has been woken and has yet to look."""
 
     def put(self, item: StageItem | BaseException) -> None:
         """Tell the loop; from any thread."""
         self._waiting.append(item)
-        if self._timer is None or not isinstance(item, Progress):
-            self._loop.call_soon_threadsafe(self._deliver)
+        if self._is_woken or (self._timer is not None and isinstance(item, Progress)):
+            return
+        self._is_woken = True
+        self._loop.call_soon_threadsafe(self._deliver)
 
     async def get(self) -> StageItem | BaseException:
         """The next item."""
@@ -125,6 +129,7 @@ class _Mailbox:
             self._timer.cancel()
 
     def _deliver(self) -> None:
+        self._is_woken = False  # before it looks: what comes from now on wakes it again
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
