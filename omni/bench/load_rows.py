@@ -11,7 +11,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +94,39 @@ def find_class(component: Component) -> Any:
     return getattr(importlib.import_module(component.library), component.class_name)
 
 
-def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
-    """Omni's load policy, all components at once, to the stage's target; what may be only mapped is touched."""
-    load, request = (import_string(f"{job.policy}:{name}") for name in ("load_components", "ComponentRequest"))
+def prepare_load(
+    policy: str, components: Sequence[Component], dtype: str, target: str, device: str, threads: int
+) -> Callable[[], dict[str, Any]]:
+    """What loads components through Omni's load policy, all at once; name -> module. `policy`: its module."""
+    load, request = (import_string(f"{policy}:{name}") for name in ("load_components", "ComponentRequest"))
     requests = [
         request(
             name=component.name,
             model_class=find_class(component),
             folder=Path(component.folder),
             library=component.library,
-            dtype=getattr(torch, job.dtype),
+            dtype=getattr(torch, dtype),
             variant=component.variant,
-            target=job.target,
-            device=job.device,
+            target=target,
+            device=device,
             options={},
         )
-        for component in job.components
+        for component in components
     ]
-    spec = LoadSpec(threads=job.threads)
 
     def load_all() -> dict[str, Any]:
-        modules: dict[str, Any] = load(requests, spec, lambda name, done, total: None)
+        modules: dict[str, Any] = load(requests, LoadSpec(threads=threads), lambda name, done, total: None)
+        return modules
+
+    return load_all
+
+
+def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
+    """Omni's load policy, all components at once, to the stage's target; what may be only mapped is touched."""
+    load = prepare_load(job.policy, job.components, job.dtype, job.target, job.device, job.threads)
+
+    def load_all() -> dict[str, Any]:
+        modules = load()
         if job.target == "device":  # a host master is filled, nothing of it is only mapped
             touch(modules)
         return modules

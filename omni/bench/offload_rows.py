@@ -13,12 +13,12 @@ import torch
 
 from omni.bench.checkpoints import Component
 from omni.bench.fresh import Memory, MemoryMeter
-from omni.bench.load_rows import find_class, import_libraries, link_rate, start_device, unique_tensors
+from omni.bench.load_rows import find_class, import_libraries, link_rate, prepare_load, start_device, unique_tensors
 from omni.bench.page_cache import make_warm
 from omni.memory import MemoryPlan
 from omni.models.denoiser_inputs import build_inputs
 from omni.registry import import_string
-from omni.spec import LoadSpec, OffloadSpec
+from omni.spec import OffloadSpec
 
 NUM_SWAPS = 3
 
@@ -137,20 +137,8 @@ def run(job: Mapping[str, Any]) -> Offloaded:
 
 
 def _load_omni(job: Job, target: str) -> Any:
-    load, request = (import_string(f"{job.load_policy}:{name}") for name in ("load_components", "ComponentRequest"))
     part = job.component
-    wanted = request(
-        name=part.name,
-        model_class=find_class(part),
-        folder=Path(part.folder),
-        library=part.library,
-        dtype=getattr(torch, job.dtype),
-        variant=part.variant,
-        target=target,
-        device=job.device,
-        options={},
-    )
-    return load([wanted], LoadSpec(threads=job.threads), lambda name, done, total: None)[part.name]
+    return prepare_load(job.load_policy, [part], job.dtype, target, job.device, job.threads)()[part.name]
 
 
 def _load_library(job: Job) -> Any:

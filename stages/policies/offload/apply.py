@@ -133,7 +133,7 @@ class Offload:
             roots = _roots(self._components)
             shared = shared_parameters(list(roots.values()))
             parts = {name: take_apart(module, shared) for name, module in roots.items()}
-            _share_out(parts)
+            _leave_shared_to_first(parts)
             # 2. What becomes of each: as planned, and as the policy says where the plan does not name it
             planned = {component.name: component for component in self._memory.components}
             ways = {name: self._way(parts[name], planned.get(name)) for name in parts}
@@ -227,7 +227,7 @@ def apply_offload(
     return offload
 
 
-def _share_out(parts: dict[str, Parts]) -> None:
+def _leave_shared_to_first(parts: dict[str, Parts]) -> None:
     """Leave each parameter that components share to the first of them, which puts it on the device for all."""
     taken: set[int] = set()
     for part in parts.values():
