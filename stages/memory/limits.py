@@ -47,6 +47,11 @@ def free_bytes(proc: Path = PROC) -> int:
     return _meminfo(proc, "MemFree") or 0
 
 
+def available_bytes(proc: Path = PROC) -> int:
+    """Memory that can be had without swapping, the page cache counted in; UNLIMITED_BYTES where nobody says."""
+    return _machine(proc).available_bytes
+
+
 def _meminfo(proc: Path, name: str) -> int | None:
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith(f"{name}:"):

@@ -16,13 +16,13 @@ from omni.sizes import parse_bytes
 from omni.spec import LoadSpec
 from stages.device import use_device
 from stages.memory.host import CHECK_BYTES, HostMemory, region_of
-from stages.memory.limits import check_room
+from stages.memory.limits import available_bytes, check_room
 from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Target, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
 from stages.policies.load.chunks import plan_chunks
 from stages.policies.load.files import Files, Method
 from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key, target_bytes
-from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, available_bytes, cached_share, direct_rate
+from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
 from stages.policies.load.reader import (
     ConvertRoute,
     FillRoute,

@@ -54,9 +54,3 @@ def direct_rate(file: str) -> float | str:
         return f"the file system refuses O_DIRECT ({error.strerror})"
     finally:
         os.close(descriptor)
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping, the page cache counted in."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

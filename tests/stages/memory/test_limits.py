@@ -65,3 +65,7 @@ def test_too_much_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_this_machine_has_some_room() -> None:
     assert host_room().available_bytes > 0
+
+
+def test_available_memory() -> None:
+    assert 1 << 20 < limits.available_bytes() < 1 << 50

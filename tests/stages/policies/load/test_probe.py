@@ -58,10 +58,6 @@ def test_file_systems_that_refuse(call: str, file: str, monkeypatch: pytest.Monk
     assert probe.direct_rate(file) == "the file system refuses O_DIRECT (Invalid argument)"
 
 
-def test_available_memory() -> None:
-    assert 1 << 20 < probe.available_bytes() < 1 << 50
-
-
 def blueprint(file: str, *, target: str = "host", dtype: str = "F32") -> Blueprint:
     import torch
 
