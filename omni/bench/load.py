@@ -112,10 +112,12 @@ def _plan_turns(
     alone: tuple[Component, ...],
 ) -> list[Any]:
     """One turn of each row and state of the cache; a row of two groups is measured once."""
+    from omni.bench.checkpoints import find_device, weight_bytes
     from omni.bench.load_rows import Job
     from omni.bench.turns import Turn
 
     turns: dict[tuple[str, str], Turn] = {}
+    device, num_bytes = find_device(args.device), weight_bytes(components)
     for group in groups:
         for way in group.ways:
             for state in ("warm", "cold"):
@@ -125,6 +127,7 @@ def _plan_turns(
                         components=alone if way.is_single else components,
                         policy=POLICY,
                         cold=state == "cold",
+                        fresh_bytes=int((way.memory_share(device) + (state == "cold")) * num_bytes),
                         **{"threads": args.threads, **way.job},
                     )
                     label = f"{group.title}, {way.name}, {state}"

@@ -20,7 +20,7 @@ import torch
 
 from omni.bench.checkpoints import Component
 from omni.bench.fresh import Memory, MemoryMeter
-from omni.bench.page_cache import make_cold, make_warm
+from omni.bench.page_cache import make_cold, make_warm, wake_memory
 from omni.registry import import_string
 from omni.spec import LoadSpec
 
@@ -41,6 +41,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     cold: bool = False
+    fresh_bytes: int = 0
+    """Memory that the row takes anew, page cache included."""
     threads: int = 4
     policy: str
     """The module of Omni's load policy."""
@@ -73,6 +75,7 @@ def run(job: Mapping[str, Any]) -> Loaded:
     doubt = make_cold(files) if order.cold else ""
     if not order.cold:
         make_warm(files)
+    wake_memory(order.fresh_bytes)
     meter = MemoryMeter()
     begin = time.perf_counter()
     result = prepared()
@@ -123,6 +126,7 @@ def prepare_load(
 
 def _prepare_omni(job: Job) -> Callable[[], dict[str, Any]]:
     """Omni's load policy, all components at once, to the stage's target; what may be only mapped is touched."""
+    import_libraries()
     load = prepare_load(job.policy, job.components, job.dtype, job.target, job.device, job.threads)
 
     def load_all() -> dict[str, Any]:

@@ -50,6 +50,8 @@ class HostMemory:
         """Raises UsageError when the host has less memory than that, TimeoutError when the filler takes too long."""
         self.num_bytes = num_bytes
         self.is_pinned = False
+        self._pieces: set[int] = set()
+        """Those that are registered."""
         self.private_reason = ""
         """Why the memory is not shared although there is a key."""
         self._file: SharedFile | None = None
@@ -106,26 +108,39 @@ class HostMemory:
         """
         if self.is_pinned or not self.num_bytes:
             return
-        runtime = torch.cuda.cudart()
+        for number in range(self.num_pieces):
+            self.pin_piece(number)
         begin = self.bytes.data_ptr()
-        end = begin + self.num_bytes
-        done: list[int] = []
+        with _lock:
+            for address in (*range(begin, begin + self.num_bytes, REGISTER_BYTES), begin + self.num_bytes):
+                bisect.insort(_edges, address)
+        self.is_pinned = True
+
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces `pin` registers, each REGISTER_BYTES long but for the last."""
+        return -(-self.num_bytes // REGISTER_BYTES)
+
+    def pin_piece(self, number: int) -> None:
+        """Register one piece ahead of `pin`, which does the rest: while others are still filled. Once is enough.
+
+        Raises UsageError when the driver refuses; nothing is registered then.
+        """
+        if number in self._pieces:
+            return
+        offset = number * REGISTER_BYTES
+        size = min(REGISTER_BYTES, self.num_bytes - offset)
         try:
-            for address in range(begin, end, REGISTER_BYTES):
-                torch.cuda.check_error(int(runtime.cudaHostRegister(address, min(REGISTER_BYTES, end - address), 0)))
-                done.append(address)
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr() + offset, size, 0)))
         except RuntimeError as error:
-            for address in done:
-                runtime.cudaHostUnregister(address)
+            self._unpin()
             raise UsageError(
                 f"the CUDA driver cannot pin {self.num_bytes} bytes of host memory ({error}): free memory, raise the "
                 "limit of locked memory, or set offload.policy: disk"
             ) from error
+        self._pieces.add(number)
         with _lock:
-            for address in (*done, end):
-                bisect.insort(_edges, address)
             _held.add(self)
-        self.is_pinned = True
 
     def close(self) -> None:
         """Unpin, and give the shared file back; the last user removes it. Tensors in the region stay valid."""
@@ -136,15 +151,17 @@ class HostMemory:
             del _open[begin]
             _held.discard(self)
         if self.is_pinned:
-            runtime = torch.cuda.cudart()
-            for address in range(begin, begin + self.num_bytes, REGISTER_BYTES):
-                runtime.cudaHostUnregister(address)
             with _lock:
                 for address in (*range(begin, begin + self.num_bytes, REGISTER_BYTES), begin + self.num_bytes):
                     _edges.remove(address)
             self.is_pinned = False
+        self._unpin()
         if self._file is not None:
             self._file.close()
+
+    def _unpin(self) -> None:
+        while self._pieces:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr() + self._pieces.pop() * REGISTER_BYTES)
 
 
 def region_of(tensor: torch.Tensor) -> HostMemory | None:

@@ -99,9 +99,10 @@ class Blueprint(msgspec.Struct, frozen=True):
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put tensors (by target name) in the place of the module's own."""
+        owners = dict(self.module.named_modules(remove_duplicate=False))
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
-            module = self.module.get_submodule(owner)
+            module = owners[owner]
             if leaf in module._parameters:
                 tensor = torch.nn.Parameter(tensor, requires_grad=False)
                 module._parameters[leaf] = tensor

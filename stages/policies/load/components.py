@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -21,6 +23,7 @@ from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, 
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
 from stages.policies.load.chunks import plan_chunks
 from stages.policies.load.files import Files, Method
+from stages.policies.load.pinning import PinAsFilled
 from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key, target_bytes
 from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
 from stages.policies.load.reader import (
@@ -32,14 +35,18 @@ from stages.policies.load.reader import (
     Progress,
     Route,
     StagedRoute,
+    Targets,
     read_all,
 )
-from stages.policies.load.staging import CudaLink, HostStaging, RingStaging, Staging
+from stages.policies.load.staging import CudaLink, Destination, HostStaging, RingStaging, Staging
 
 log = logging.getLogger(__name__)
 
 MIN_CHUNK_BYTES = 64 << 10
 """Smaller chunks only cost."""
+RING_BYTES = 192 << 20
+"""What all threads together read into on the way to a device, from the page cache: it stays in the processor's cache,
+so that the device does not read from memory what was just written. Larger chunks than that leaves halve the rate."""
 
 _one_at_a_time = threading.Lock()
 """Held while a library builds or finishes a module: for that time it changes torch for the whole process."""
@@ -66,7 +73,8 @@ def load_components(
             modules[request.name] = load_by_library(request, progress)
             continue
         try:
-            blueprints.append(plan(request))
+            with no_collection():
+                blueprints.append(plan(request))
         except Unsupported as reason:
             log.warning("component '%s' is loaded by %s itself: %s", request.name, request.library, reason)
             modules[request.name] = load_by_library(request, progress)
@@ -78,15 +86,28 @@ def load_components(
 
 def plan(request: ComponentRequest) -> Blueprint:
     """The component's blueprint. Raises Unsupported, or UsageError when the checkpoint is broken or does not fit."""
-    from stages.policies.load.from_diffusers import plan_diffusers
-    from stages.policies.load.from_transformers import plan_transformers
-
     try:
         entries = read_catalog(request.folder, request.variant)
     except UnknownDtype as error:
         raise Unsupported(str(error)) from error
+    if request.library == "diffusers":  # each takes long to import
+        from stages.policies.load.from_diffusers import plan_diffusers as plan_by_library
+    else:
+        from stages.policies.load.from_transformers import plan_transformers as plan_by_library
     with _one_at_a_time:
-        return (plan_diffusers if request.library == "diffusers" else plan_transformers)(request, entries)
+        return plan_by_library(request, entries)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection: thousands of modules and tensors come to stay, and would set off several of them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def load_by_library(request: ComponentRequest, progress: Progress) -> torch.nn.Module:
@@ -111,7 +132,9 @@ class Load:
         self._chunk_bytes = max(parse_bytes(spec.chunk), MIN_CHUNK_BYTES)
         self._files = Files(choose_method(blueprints, spec.reader))
         self._jobs: list[Job] = []
-        self._memories: list[tuple[torch.nn.Module, HostMemory]] = []
+        self._memories: dict[str, HostMemory] = {}
+        """Component -> the region that is its master."""
+        self._pinning = PinAsFilled() if torch.cuda.is_available() else None
         self._there: set[str] = set()
         """Components that somebody else has filled."""
         self._host_staging = functools.partial(HostStaging, self._chunk_bytes)
@@ -119,14 +142,16 @@ class Load:
 
     def run(self, progress: Progress) -> None:
         """Fill and finish the modules. Raises UsageError, torch.OutOfMemoryError."""
+        modules = {blueprint.request.name: blueprint.module for blueprint in self._blueprints}
         try:
             self._check_room()
             # In one order everywhere: two processes that wait for each other's regions would wait for ever
             for blueprint in sorted(self._blueprints, key=lambda blueprint: blueprint.request.folder.resolve()):
-                tensors = self._place(blueprint)
-                blueprint.bind(tensors)
-                if blueprint.request.name not in self._there:
-                    self._plan_jobs(blueprint, tensors)
+                with no_collection():
+                    tensors = self._place(blueprint)
+                    blueprint.bind(tensors)
+                    if blueprint.request.name not in self._there:
+                        self._plan_jobs(blueprint, tensors)
             totals = {blueprint.request.name: blueprint.num_bytes for blueprint in self._blueprints}
             read_all(self._jobs, self._files, self._spec.threads, totals, progress)
             for blueprint in self._blueprints:
@@ -137,21 +162,25 @@ class Load:
                 with _one_at_a_time:
                     blueprint.finish()
                 if blueprint.request.target == "device":
-                    blueprint.module.to(blueprint.request.device)
-            for module, memory in self._memories:
+                    move_rest(blueprint.module, torch.device(blueprint.request.device))
+            for name, memory in self._memories.items():
                 memory.filled()
                 if memory.is_shared:
-                    own_buffers(module)
-                if torch.cuda.is_available():
+                    own_buffers(modules[name])
+            if self._pinning is not None:
+                self._pinning.finish()
+                for memory in self._memories.values():
                     memory.pin()
         except BaseException:
-            for _, memory in self._memories:
+            if self._pinning is not None:
+                self._pinning.cancel()
+            for memory in self._memories.values():
                 memory.close()
             raise
         finally:
             self._files.close()
-        for module, memory in self._memories:
-            weakref.finalize(module, memory.close).atexit = False
+        for name, memory in self._memories.items():
+            weakref.finalize(modules[name], memory.close).atexit = False
 
     def _check_room(self) -> None:
         """Raise UsageError when the host lacks memory for all components together: none of it is touched yet, so that
@@ -194,7 +223,7 @@ class Load:
             if memory.is_filled:
                 self._there.add(request.name)
             if request.target == "host":
-                self._memories.append((blueprint.module, memory))
+                self._memories[request.name] = memory
         else:
             tensors = allocate_device(fresh, torch.device(request.device))
         return {**mapped, **tensors}
@@ -204,32 +233,44 @@ class Load:
         request = blueprint.request
         populated: list[Entry] = [entry for merge in blueprint.merges for entry in merge.sources]
         mapped: list[Entry] = []
-        filled: dict[str, torch.Tensor] = {}
-        changed: dict[str, tuple[torch.dtype, torch.Tensor]] = {}
+        filled: dict[str, Destination] = {}
+        changed: dict[str, Destination] = {}
         entries = {target.source.name: target.source for target in blueprint.targets if target.source}
+        buffered = is_on_cpu(request) and self._files.method == "buffered"
         for target in blueprint.targets:
-            entry, tensor = target.source, tensors[target.name].view(-1)
+            entry = target.source
             if entry is None:
                 continue
             same = DTYPES[entry.dtype] == target.dtype
             if same and maps(request, self._spec.reader):
                 mapped.append(entry)
-            elif same and is_on_cpu(request) and self._files.method == "buffered":
-                filled[entry.name] = tensor.view(torch.uint8)
             else:
-                changed[entry.name] = (DTYPES[entry.dtype], tensor)
-        converts = is_on_cpu(request) and self._files.method == "buffered"
-        parts: list[tuple[list[Entry], Route]] = [
-            (populated, PopulateRoute()),
-            (mapped, PopulateRoute() if self._populates(request) else LeaveRoute()),
-            ([entries[name] for name in filled], FillRoute(filled)),
-            (
-                [entries[name] for name in changed],
-                ConvertRoute(changed) if converts else StagedRoute(changed, self._staging_for(request)),
-            ),
-        ]
-        for chosen, route in parts:
-            self._jobs += [Job(request.name, chunk, route) for chunk in plan_chunks(chosen, self._chunk_bytes)]
+                to = Destination.of(DTYPES[entry.dtype], tensors[target.name])
+                (filled if same and buffered else changed)[entry.name] = to
+        self._add(request, populated, PopulateRoute())
+        self._add(request, mapped, PopulateRoute() if self._populates(request) else LeaveRoute())
+        self._add(request, [entries[name] for name in filled], FillRoute(filled), filled)
+        route = ConvertRoute(changed) if buffered else StagedRoute(changed, self._staging_for(request))
+        self._add(request, [entries[name] for name in changed], route, changed)
+
+    def _add(
+        self, request: ComponentRequest, entries: list[Entry], route: Route, targets: Targets | None = None
+    ) -> None:
+        """Add the chunks of these entries, which go to `targets`, if anywhere."""
+        size = self._ring_chunk_bytes if isinstance(route, StagedRoute) else self._chunk_bytes
+        jobs = [Job(request.name, chunk, route) for chunk in plan_chunks(entries, size)]
+        memory = self._memories.get(request.name)
+        if self._pinning is not None and memory is not None and targets is not None:
+            jobs = self._pinning.watch(jobs, memory, targets)
+        self._jobs += jobs
+
+    @property
+    def _ring_chunk_bytes(self) -> int:
+        """What is read at once on the way to a device."""
+        if self._files.method == "direct":
+            return self._chunk_bytes
+        share = RING_BYTES // (self._spec.threads * RingStaging.NUM_BUFFERS)
+        return max(MIN_CHUNK_BYTES, min(self._chunk_bytes, share))
 
     def _populates(self, request: ComponentRequest) -> bool:
         """Whether to read mapped files now: not for offload, which reads by block, nor what memory cannot hold."""
@@ -242,7 +283,7 @@ class Load:
 
         def make() -> Staging:
             use_device(request.device)
-            return RingStaging(CudaLink(device), self._chunk_bytes, pin=True)
+            return RingStaging(CudaLink(device), self._ring_chunk_bytes, pin=True)
 
         return self._device_stagings.setdefault(device, make)
 
@@ -258,6 +299,15 @@ class Load:
         if blueprint.merges:
             with ThreadPoolExecutor(self._spec.threads, thread_name_prefix="merge") as pool:
                 list(pool.map(make, blueprint.merges))
+
+
+def move_rest(module: torch.nn.Module, device: torch.device) -> None:
+    """Move what no checkpoint holds to `device`; `Module.to` would look at each weight, which takes longer."""
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type != device.type:
+                    tensors[name] = tensor.to(device)  # type: ignore[assignment]
 
 
 def own_buffers(module: torch.nn.Module) -> None:

@@ -49,6 +49,13 @@ class Mapping:
             if code != errno.EINVAL:  # a kernel before 5.14: pages then come when they are used
                 raise OSError(code, os.strerror(code))
 
+    def release(self, offset: int, num_bytes: int) -> None:
+        """Let go of the pages that lie in these bytes as a whole; they stay in the page cache."""
+        begin = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (offset + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            _libc.madvise(self._address + begin, end - begin, mmap.MADV_DONTNEED)
+
 
 class Files:
     """The open files of one load, shared by all its threads."""
@@ -72,6 +79,10 @@ class Files:
             self.mapping(chunk.file).populate(chunk.offset, chunk.num_bytes)
         except OSError as error:
             raise _failure(chunk, 0, error) from error
+
+    def release(self, chunk: Chunk) -> None:
+        """The chunk is read out of its mapping: its pages count as this process's memory no longer."""
+        self.mapping(chunk.file).release(chunk.offset, chunk.num_bytes)
 
     def scatter(self, chunk: Chunk, views: list[memoryview]) -> None:
         """Read the chunk's pieces each into its view. Raises UsageError with file and tensor."""

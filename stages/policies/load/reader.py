@@ -14,12 +14,12 @@ import torch
 from omni.errors import UsageError
 from stages.policies.load.chunks import Chunk
 from stages.policies.load.files import Files
-from stages.policies.load.staging import Staging, convert
+from stages.policies.load.staging import Destination, Part, Staging, convert, cut
 
 Progress = Callable[[str, int, int], None]
 """(component, bytes done, bytes in all)."""
-Targets = Mapping[str, tuple[torch.dtype, torch.Tensor]]
-"""Tensor -> its dtype in the file, and its destination as one dimension."""
+Targets = Mapping[str, Destination]
+"""By the names of the file's tensors."""
 
 REPORT_SECONDS = 0.1
 """How often progress is told."""
@@ -69,10 +69,10 @@ class LeaveRoute(Route):
 
 
 class FillRoute(Route):
-    """Straight into the tensors' memory. `targets`: tensor -> its bytes."""
+    """Straight into the tensors' memory."""
 
-    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
-        self._views = {name: memoryview(target.numpy()) for name, target in targets.items()}
+    def __init__(self, targets: Targets) -> None:
+        self._views = {name: memoryview(to.tensor.view(torch.uint8).numpy()) for name, to in targets.items()}
 
     def carry(self, chunk: Chunk, lane: Lane) -> None:
         views = [self._views[piece.name][piece.start : piece.start + piece.num_bytes] for piece in chunk.pieces]
@@ -91,8 +91,9 @@ class ConvertRoute(Route):
     def carry(self, chunk: Chunk, lane: Lane) -> None:
         lane.files.populate(chunk)
         mapped = torch.frombuffer(lane.files.mapping(chunk.file).map, dtype=torch.uint8)
-        for source, target in _pieces(chunk, mapped, chunk.offset, self._targets):
-            convert(source, target)
+        for part, to in _parts(chunk, chunk.offset, self._targets):
+            convert(*cut(mapped, part, to))
+        lane.files.release(chunk)
 
 
 class StagedRoute(Route):
@@ -105,23 +106,16 @@ class StagedRoute(Route):
     def carry(self, chunk: Chunk, lane: Lane) -> None:
         staging = lane.staging(self._make_staging)
         buffer = staging.buffer()
-        begin = lane.files.read(chunk, memoryview(buffer.numpy()))
-        for source, target in _pieces(chunk, buffer, begin, self._targets):
-            staging.deliver(source, target)
+        begin = lane.files.read(chunk, buffer.view)
+        for part, to in _parts(chunk, begin, self._targets):
+            staging.deliver(buffer, part, to)
         staging.submit()
 
 
-def _pieces(
-    chunk: Chunk, memory: torch.Tensor, begin: int, targets: Targets
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Source and destination of each piece, 1-D, of a chunk that lies in `memory` (uint8) from `begin` on."""
+def _parts(chunk: Chunk, begin: int, targets: Targets) -> Iterator[tuple[Part, Destination]]:
+    """Each piece of a chunk that lies in memory from byte `begin` on, and where it goes."""
     for piece in chunk.pieces:
-        dtype, target = targets[piece.name]
-        source = memory[begin : begin + piece.num_bytes]
-        if begin % dtype.itemsize:
-            source = source.clone()  # elements that are not aligned in the file
-        first = piece.start // dtype.itemsize
-        yield source.view(dtype), target[first : first + piece.num_bytes // dtype.itemsize]
+        yield Part(begin, piece.num_bytes, piece.start), targets[piece.name]
         begin += piece.num_bytes
 
 
@@ -131,6 +125,8 @@ class Job(msgspec.Struct, frozen=True):
     component: str
     chunk: Chunk
     route: Route
+    landed: Callable[[], None] | None = None
+    """Called by the thread that has carried the chunk."""
 
 
 class _Pool:
@@ -177,6 +173,8 @@ class _Pool:
         try:
             for job in self._take():
                 job.route.carry(job.chunk, lane)
+                if job.landed is not None:
+                    job.landed()
                 with self._changed:
                     self.done[job.component] = self.done.get(job.component, 0) + job.chunk.num_bytes
         except (OSError, RuntimeError, ValueError, MemoryError, UsageError) as error:

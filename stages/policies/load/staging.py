@@ -5,9 +5,11 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from stages.memory import driver
 from stages.memory.host import HostMemory
 from stages.policies.load.files import BLOCK
 
@@ -15,35 +17,82 @@ SERIAL_ELEMENTS = 32767
 """torch gives the elements of one operation to several threads from 32768 on."""
 
 
+class Destination(NamedTuple):
+    """Where the elements of one tensor of a file go."""
+
+    dtype: torch.dtype
+    """In the file."""
+    tensor: torch.Tensor
+    """As one dimension, of any dtype and device."""
+    address: int
+    """Of `tensor`, looked up once: calls into torch are what a chunk spends its time on."""
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, tensor: torch.Tensor) -> Destination:
+        """`tensor` (contiguous), flat."""
+        return cls(dtype, tensor.view(-1), tensor.data_ptr())
+
+
+class Buffer(NamedTuple):
+    """Memory that a chunk is read into: page aligned, 2 * BLOCK longer than a chunk."""
+
+    bytes: torch.Tensor
+    """uint8, on the CPU."""
+    view: memoryview
+    address: int
+
+    @classmethod
+    def of(cls, memory: torch.Tensor) -> Buffer:
+        """`memory` (uint8) as a buffer."""
+        return cls(memory, memoryview(memory.numpy()), memory.data_ptr())
+
+
+class Part(NamedTuple):
+    """`num_bytes` of a chunk, from byte `begin` of its buffer on, that belong to a tensor from its byte `start` on."""
+
+    begin: int
+    num_bytes: int
+    start: int
+
+
 class Staging(abc.ABC):
-    """What one thread reads into. For each chunk: `buffer`, then `deliver` for each piece, then `submit`."""
+    """What one thread reads into. For each chunk: `buffer`, then `deliver` for each part, then `submit`."""
 
     @abc.abstractmethod
-    def buffer(self) -> torch.Tensor:
-        """Memory that a chunk may be read into now: uint8 on the CPU, page aligned, 2 * BLOCK longer than a chunk."""
+    def buffer(self) -> Buffer:
+        """What a chunk may be read into now."""
 
     @abc.abstractmethod
-    def deliver(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Have `source` (1-D, in the buffer) copied to `target` (1-D, as long, of any dtype and device)."""
+    def deliver(self, buffer: Buffer, part: Part, to: Destination) -> None:
+        """Have the part copied to its place."""
 
     def submit(self) -> None:
-        """All pieces of this chunk are delivered."""
+        """All parts of this chunk are delivered."""
 
     def finish(self) -> None:
         """Wait until every delivery has arrived, and give the buffers back."""
+
+
+def cut(memory: torch.Tensor, part: Part, to: Destination) -> tuple[torch.Tensor, torch.Tensor]:
+    """The elements of a part in `memory` (uint8), and their place in the tensor: both 1-D, each in its own dtype."""
+    source = memory[part.begin : part.begin + part.num_bytes]
+    if part.begin % to.dtype.itemsize:
+        source = source.clone()  # elements that are not aligned in the file
+    first = part.start // to.dtype.itemsize
+    return source.view(to.dtype), to.tensor[first : first + part.num_bytes // to.dtype.itemsize]
 
 
 class HostStaging(Staging):
     """Delivers at once, by the thread itself."""
 
     def __init__(self, chunk_bytes: int) -> None:
-        self._buffer = HostMemory(chunk_bytes + 2 * BLOCK).bytes
+        self._buffer = Buffer.of(HostMemory(chunk_bytes + 2 * BLOCK).bytes)
 
-    def buffer(self) -> torch.Tensor:
+    def buffer(self) -> Buffer:
         return self._buffer
 
-    def deliver(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        convert(source, target)
+    def deliver(self, buffer: Buffer, part: Part, to: Destination) -> None:
+        convert(*cut(buffer.bytes, part, to))
 
 
 def convert(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -55,8 +104,8 @@ class Link(abc.ABC):
     """Asynchronous copies from host memory, in order: one thread's own queue to a device."""
 
     @abc.abstractmethod
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Queue the copy; `source` stays as it is until the next mark is reached."""
+    def copy(self, buffer: Buffer, part: Part, to: Destination) -> None:
+        """Queue the copy; the buffer stays as it is until the next mark is reached."""
 
     @abc.abstractmethod
     def mark(self) -> Callable[[], None]:
@@ -74,9 +123,14 @@ class CudaLink(Link):
         self._stream.wait_stream(torch.cuda.current_stream(device))
         # Once, and not for each copy: chunks come by the thousand, and all threads share one interpreter.
         torch.cuda.set_stream(self._stream)
-        self._events = itertools.cycle([torch.cuda.Event() for _ in range(self.NUM_EVENTS)])
+        self._events = itertools.cycle([torch.cuda.Event(blocking=True) for _ in range(self.NUM_EVENTS)])
+        self._copy_bytes = driver.host_to_device(self._stream)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy(self, buffer: Buffer, part: Part, to: Destination) -> None:
+        if to.dtype == to.tensor.dtype and self._copy_bytes is not None:
+            self._copy_bytes(to.address + part.start, buffer.address + part.begin, part.num_bytes)
+            return
+        source, target = cut(buffer.bytes, part, to)
         if source.dtype != target.dtype:
             source = source.to(target.device, non_blocking=True)
         target.copy_(source, non_blocking=True)
@@ -84,7 +138,12 @@ class CudaLink(Link):
     def mark(self) -> Callable[[], None]:
         event = next(self._events)
         event.record(self._stream)
-        return event.synchronize
+
+        def wait() -> None:
+            if not event.query():  # which does not let another thread run, as waiting does
+                event.synchronize()
+
+        return wait
 
 
 class RingStaging(Staging):
@@ -96,16 +155,16 @@ class RingStaging(Staging):
         self._link = link
         size = -(-chunk_bytes // BLOCK) * BLOCK + 2 * BLOCK
         self._memory = HostMemory(size * self.NUM_BUFFERS, pin=pin)
-        self._buffers = self._memory.bytes.split(size)
+        self._buffers = [Buffer.of(memory) for memory in self._memory.bytes.split(size)]
         self._waits: list[Callable[[], None]] = [_nothing] * self.NUM_BUFFERS
         self._next = 0
 
-    def buffer(self) -> torch.Tensor:
+    def buffer(self) -> Buffer:
         self._waits[self._next]()
         return self._buffers[self._next]
 
-    def deliver(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self._link.copy(source, target)
+    def deliver(self, buffer: Buffer, part: Part, to: Destination) -> None:
+        self._link.copy(buffer, part, to)
 
     def submit(self) -> None:
         self._waits[self._next] = self._link.mark()

@@ -21,7 +21,7 @@ from stages.policies.load.catalog import Entry
 from stages.policies.load.chunks import Chunk, Piece, plan_chunks
 from stages.policies.load.files import Files
 from stages.policies.load.reader import ConvertRoute, FillRoute, Job, Lane, PopulateRoute, Route, StagedRoute, read_all
-from stages.policies.load.staging import HostStaging, RingStaging
+from stages.policies.load.staging import Destination, HostStaging, RingStaging
 from tests.stages.policies.load.test_staging import LateLink
 
 
@@ -58,10 +58,10 @@ def test_every_tensor_arrives(counts: list[int], lead: int, num_threads: int, ch
         staging: Callable[[], HostStaging | RingStaging] = functools.partial(HostStaging, chunk_bytes)
         if way == "ring":
             staging = lambda: RingStaging(LateLink(), chunk_bytes, pin=False)  # noqa: E731
-        changed = {name: (torch.bfloat16, target) for name, target in targets.items()}
+        changed = {name: Destination.of(torch.bfloat16, target) for name, target in targets.items()}
         route: Route = StagedRoute(changed, staging)
         if way == "fill":
-            route = FillRoute({name: target.view(torch.uint8) for name, target in targets.items()})
+            route = FillRoute(changed)
         elif way == "convert":
             route = ConvertRoute(changed)
         chunks = plan_chunks(entries, chunk_bytes)
@@ -171,11 +171,8 @@ def test_faults_of_reading_name_file_and_tensor(
 
     monkeypatch.setattr(os, "preadv", preadv)
     targets = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    route: Route = (
-        StagedRoute({n: (torch.bfloat16, t) for n, t in targets.items()}, functools.partial(HostStaging, 1 << 16))
-        if staged
-        else FillRoute({name: target.view(torch.uint8) for name, target in targets.items()})
-    )
+    places = {name: Destination.of(torch.bfloat16, target) for name, target in targets.items()}
+    route: Route = StagedRoute(places, functools.partial(HostStaging, 1 << 16)) if staged else FillRoute(places)
     jobs = [Job("part", chunk, route) for chunk in plan_chunks(entries, 1 << 16)]
     with pytest.raises(UsageError) as caught:
         read_all(jobs, Files("buffered"), 2, {"part": 600}, quiet)
