@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from omni.bench import page_cache
-from omni.bench.page_cache import cached_share, make_cold, make_warm
+from omni.bench.page_cache import cached_share, make_cold, make_warm, wake_memory
 
 
 @pytest.fixture
@@ -42,3 +42,20 @@ def test_empty_files_have_no_share(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert cached_share([tmp_path / "empty"]) is None
     make_warm([tmp_path / "empty"])
+
+
+def test_free_memory_is_touched_by_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    run = page_cache.subprocess.run
+
+    def listen(command: list[str], **options: object) -> object:
+        asked.append(command)
+        return run(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(page_cache.subprocess, "run", listen)
+    wake_memory(8 << 20)
+    wake_memory(0)
+    assert [command[-1] for command in asked] == [str(8 << 20)]
+    monkeypatch.setattr(page_cache.subprocess, "run", lambda command, **_: asked.append(command))
+    wake_memory(1 << 60)
+    assert 0 < int(asked[-1][-1]) < 1 << 50, "never more than what is free"

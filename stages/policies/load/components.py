@@ -22,7 +22,7 @@ from stages.memory.limits import available_bytes, check_room
 from stages.policies.load.blueprint import DTYPES, Blueprint, ComponentRequest, Merge, Target, Unsupported
 from stages.policies.load.catalog import Entry, UnknownDtype, read_catalog
 from stages.policies.load.chunks import plan_chunks
-from stages.policies.load.files import Files, Method
+from stages.policies.load.files import Files
 from stages.policies.load.pinning import PinAsFilled
 from stages.policies.load.places import allocate_device, allocate_host, map_tensor, share_key, target_bytes
 from stages.policies.load.probe import CACHED_SHARE, FAST_BYTES_PER_SECOND, cached_share, direct_rate
@@ -130,7 +130,7 @@ class Load:
         self._blueprints = blueprints
         self._spec = spec
         self._chunk_bytes = max(parse_bytes(spec.chunk), MIN_CHUNK_BYTES)
-        self._files = Files(choose_method(blueprints, spec.reader))
+        self._files = open_files(blueprints, spec.reader)
         self._jobs: list[Job] = []
         self._memories: dict[str, HostMemory] = {}
         """Component -> the region that is its master."""
@@ -328,8 +328,8 @@ def is_on_cpu(request: ComponentRequest) -> bool:
     return request.target == "host" or torch.device(request.device).type == "cpu"
 
 
-def choose_method(blueprints: Sequence[Blueprint], reader: str) -> Method:
-    """How files that are not mapped are read; past the page cache when they are not in it and the disk is fast."""
+def open_files(blueprints: Sequence[Blueprint], reader: str) -> Files:
+    """The files that are not mapped, read past the page cache when they are not in it and the disk is fast."""
     files = sorted(
         {
             target.source.file
@@ -338,14 +338,15 @@ def choose_method(blueprints: Sequence[Blueprint], reader: str) -> Method:
             if target.source and not (maps(blueprint.request, reader) and DTYPES[target.source.dtype] == target.dtype)
         }
     )
-    if reader in ("buffered", "mmap") or not files:
-        return "buffered"
-    if reader == "auto" and cached_share(files) >= CACHED_SHARE:
-        return "buffered"
+    if not files:
+        return Files("buffered")
+    cached = cached_share(files) >= CACHED_SHARE
+    if reader in ("buffered", "mmap") or (reader == "auto" and cached):
+        return Files("buffered", cached=cached)
     rate = direct_rate(files[0])
     if isinstance(rate, str):
         log.log(
             logging.INFO if reader == "auto" else logging.WARNING, "files are read through the page cache: %s", rate
         )
-        return "buffered"
-    return "direct" if reader == "direct" or rate >= FAST_BYTES_PER_SECOND else "buffered"
+        return Files("buffered")
+    return Files("direct" if reader == "direct" or rate >= FAST_BYTES_PER_SECOND else "buffered")

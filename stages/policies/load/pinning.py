@@ -51,6 +51,8 @@ class PinAsFilled:
 
     def cancel(self) -> None:
         """Pin nothing more."""
+        with self._lock:
+            self._awaited.clear()  # so that no piece will be full
         self._pool.shutdown(cancel_futures=True)
 
     def _landed(self, pieces: set[tuple[HostMemory, int]]) -> None:

@@ -23,6 +23,7 @@ Targets = Mapping[str, Destination]
 
 REPORT_SECONDS = 0.1
 """How often progress is told."""
+CACHE_LINE_BYTES = 64
 STALL_SECONDS = 300.0
 """A load that reads nothing for so long has failed: a network file system that does not answer."""
 
@@ -69,14 +70,32 @@ class LeaveRoute(Route):
 
 
 class FillRoute(Route):
-    """Straight into the tensors' memory."""
+    """Straight into the tensors' memory.
+
+    The kernel copies from the page cache with one instruction, which takes up to four times as long where source and
+    destination lie at different places of their cache lines. Headers of files have any length, so that this is the
+    rule; there, the bytes are copied from the mapped file, as the C library knows how to.
+    """
 
     def __init__(self, targets: Targets) -> None:
+        self._addresses = {name: to.address for name, to in targets.items()}
         self._views = {name: memoryview(to.tensor.view(torch.uint8).numpy()) for name, to in targets.items()}
 
     def carry(self, chunk: Chunk, lane: Lane) -> None:
+        if lane.files.cached and self._is_askew(chunk):
+            lane.files.populate(chunk)
+            mapping, offset = lane.files.mapping(chunk.file), chunk.offset
+            for piece in chunk.pieces:
+                mapping.copy(offset, piece.num_bytes, self._addresses[piece.name] + piece.start)
+                offset += piece.num_bytes
+            lane.files.release(chunk)
+            return
         views = [self._views[piece.name][piece.start : piece.start + piece.num_bytes] for piece in chunk.pieces]
         lane.files.scatter(chunk, views)
+
+    def _is_askew(self, chunk: Chunk) -> bool:
+        first = chunk.pieces[0]
+        return bool((self._addresses[first.name] + first.start - chunk.offset) % CACHE_LINE_BYTES)
 
 
 class ConvertRoute(Route):

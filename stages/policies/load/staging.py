@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -123,12 +124,15 @@ class CudaLink(Link):
         self._stream.wait_stream(torch.cuda.current_stream(device))
         # Once, and not for each copy: chunks come by the thousand, and all threads share one interpreter.
         torch.cuda.set_stream(self._stream)
-        self._events = itertools.cycle([torch.cuda.Event(blocking=True) for _ in range(self.NUM_EVENTS)])
-        self._copy_bytes = driver.host_to_device(self._stream)
+        events = [torch.cuda.Event(blocking=True) for _ in range(self.NUM_EVENTS)]
+        for event in events:
+            event.record(self._stream)
+        self._events = itertools.cycle(events)
+        self._driver = driver.copy_queue(self._stream)
 
     def copy(self, buffer: Buffer, part: Part, to: Destination) -> None:
-        if to.dtype == to.tensor.dtype and self._copy_bytes is not None:
-            self._copy_bytes(to.address + part.start, buffer.address + part.begin, part.num_bytes)
+        if to.dtype == to.tensor.dtype and self._driver is not None:
+            self._driver.copy(to.address + part.start, buffer.address + part.begin, part.num_bytes)
             return
         source, target = cut(buffer.bytes, part, to)
         if source.dtype != target.dtype:
@@ -137,13 +141,16 @@ class CudaLink(Link):
 
     def mark(self) -> Callable[[], None]:
         event = next(self._events)
-        event.record(self._stream)
+        if self._driver is None:
+            event.record(self._stream)
+            return event.synchronize
+        self._driver.record(event)
+        return functools.partial(self._wait, self._driver, event)
 
-        def wait() -> None:
-            if not event.query():  # which does not let another thread run, as waiting does
-                event.synchronize()
-
-        return wait
+    @staticmethod
+    def _wait(queue: driver.CopyQueue, event: torch.cuda.Event) -> None:
+        if not queue.has_passed(event):
+            event.synchronize()
 
 
 class RingStaging(Staging):

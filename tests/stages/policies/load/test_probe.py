@@ -98,12 +98,12 @@ def test_the_choice(
     monkeypatch.setattr(components, "cached_share", lambda files: share)
     monkeypatch.setattr(components, "direct_rate", lambda file: rate)
     with caplog.at_level(logging.WARNING):
-        assert components.choose_method([blueprint(file)], reader) == method
+        assert components.open_files([blueprint(file)], reader).method == method
     assert ("refused" in caplog.text) == (reader == "direct" and rate == "refused")
 
 
 def test_what_is_mapped_needs_no_probe(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(components, "cached_share", lambda files: pytest.fail("probed"))
-    assert components.choose_method([blueprint(file, target="device")], "auto") == "buffered"
+    assert components.open_files([blueprint(file, target="device")], "auto").method == "buffered"
     monkeypatch.setattr(components, "cached_share", lambda files: 1.0)
-    assert components.choose_method([blueprint(file, target="device", dtype="F16")], "auto") == "buffered"
+    assert components.open_files([blueprint(file, target="device", dtype="F16")], "auto").method == "buffered"

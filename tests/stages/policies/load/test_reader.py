@@ -48,7 +48,7 @@ def make_file(folder: str, counts: list[int], lead: int) -> tuple[list[Entry], d
     lead=st.integers(8, 80),
     num_threads=st.integers(1, 5),
     chunk_bytes=st.integers(64, 2500),
-    way=st.sampled_from(["fill", "convert", "staged", "direct", "ring"]),
+    way=st.sampled_from(["fill", "copy", "convert", "staged", "direct", "ring"]),
 )
 def test_every_tensor_arrives(counts: list[int], lead: int, num_threads: int, chunk_bytes: int, way: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -60,12 +60,12 @@ def test_every_tensor_arrives(counts: list[int], lead: int, num_threads: int, ch
             staging = lambda: RingStaging(LateLink(), chunk_bytes, pin=False)  # noqa: E731
         changed = {name: Destination.of(torch.bfloat16, target) for name, target in targets.items()}
         route: Route = StagedRoute(changed, staging)
-        if way == "fill":
+        if way in ("fill", "copy"):
             route = FillRoute(changed)
         elif way == "convert":
             route = ConvertRoute(changed)
         chunks = plan_chunks(entries, chunk_bytes)
-        files, told = Files("direct" if way == "direct" else "buffered"), []
+        files, told = Files("direct" if way == "direct" else "buffered", cached=way == "copy"), []
         total = sum(entry.num_bytes for entry in entries)
         read_all(
             [Job("part", chunk, route) for chunk in chunks],

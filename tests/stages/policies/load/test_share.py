@@ -32,11 +32,15 @@ PROGRAM = textwrap.dedent("""
 
     from omni.spec import LoadSpec
     from stages.memory import shared
-    from stages.policies.load import ComponentRequest, load_components
+    from stages.policies.load import ComponentRequest, components, load_components
 
-    def num_read():
-        return int(Path("/proc/self/io").read_text().split()[1])
+    num_read, read_all = [], components.read_all
 
+    def count(jobs, *args):
+        num_read.append(sum(job.chunk.num_bytes for job in jobs))
+        read_all(jobs, *args)
+
+    components.read_all = count
     shared.SHARED_FOLDER = Path(sys.argv[1])
     request = ComponentRequest(
         name="vae", model_class=diffusers.AutoencoderKL, folder=Path(sys.argv[2]), library="diffusers",
@@ -46,10 +50,9 @@ PROGRAM = textwrap.dedent("""
     for line in sys.stdin:
         word = line.strip()
         if word == "load":
-            before = num_read()
             module = load_components([request], LoadSpec(reader="buffered"), lambda *_: None)["vae"]
             total = sum(float(p.double().abs().sum()) for p in module.parameters())
-            print(num_read() - before, total, flush=True)
+            print(num_read[-1], total, flush=True)
         elif word == "drop":
             del module
             gc.collect()
@@ -145,8 +148,8 @@ def test_of_two_processes_only_one_reads(tmp_path: Path, vae: Path, root: Path) 
             loader.ask("load")
         news = [loader.hear() for loader in loaders]
         few, many = sorted(int(read) for read, _ in news)
-        assert many >= size
-        assert few < size / 2, "headers only"
+        assert 0.8 * size < many < size, "all but the header"
+        assert few == 0
         assert news[0][1] == news[1][1]
         assert len(list(folder.iterdir())) == 1
         for loader, left in ((loaders[0], 1), (loaders[1], 0)):
