@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -81,7 +80,9 @@ def measure(args: argparse.Namespace) -> Report:
 
 def _too_large(groups: Sequence[Group], num_bytes: int, device: str, notes: list[str]) -> set[str]:
     """Keys of rows that would not fit into the memory of the machine or its GPU."""
-    free, free_gpu = _free_bytes(), 0
+    from omni.registry import import_string
+
+    free, free_gpu = import_string("stages.memory.limits:available_bytes")(), 0
     if device != "cpu":
         import torch
 
@@ -94,14 +95,6 @@ def _too_large(groups: Sequence[Group], num_bytes: int, device: str, notes: list
                 large.add(way.key)
                 notes.append(f"{group.title}, {way.name}: left out, the memory does not hold it")
     return large
-
-
-def _free_bytes() -> int:
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _plan_turns(

@@ -50,6 +50,14 @@ class Ready:
         self.issued = issued
 
 
+def _issued(copy: Future[Any]) -> Any:
+    """The event of a staged copy, once its source is read. Raises RuntimeError when it takes too long."""
+    try:
+        return copy.result(timeout=STAGED_SECONDS)
+    except TimeoutError as error:
+        raise RuntimeError(f"weights were not read within {STAGED_SECONDS:.0f} s: is the disk there?") from error
+
+
 class CopyEngine(ABC):
     """A device's memory and the way into it. Several threads may use one engine, if each memory has one user at a time.
 
@@ -113,7 +121,7 @@ class CopyEngine(ABC):
     def wait(self, ready: Ready) -> None:
         """What is computed from now on comes after this copy."""
         if ready.issued is not None:
-            ready.event = ready.issued.result(timeout=STAGED_SECONDS)
+            ready.event = _issued(ready.issued)
         self._wait(ready)
 
     @abstractmethod
@@ -303,7 +311,7 @@ class HostEngine(CopyEngine):
 
     def wait(self, ready: Ready) -> None:
         if ready.issued is not None:
-            ready.issued.result(timeout=STAGED_SECONDS)
+            _issued(ready.issued)
         self._wait(ready)
 
     def _begin(self, target: torch.Tensor, after: Sequence[Any]) -> None:

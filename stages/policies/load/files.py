@@ -16,6 +16,7 @@ Method = Literal["buffered", "direct"]
 """Through the page cache, or past it."""
 BLOCK = 4096
 """What reads past the page cache are aligned to, in the file and in memory, in bytes."""
+CLOSE_SECONDS = 5.0
 MAP_NORESERVE = 0x4000
 """Memory for private pages is asked for when one is written, so that files may be larger than it; mmap has no name."""
 POPULATE_READ = 22
@@ -111,11 +112,15 @@ class Files:
 
     def close(self) -> None:
         """Close the files; mappings live as long as tensors use them."""
-        with self._lock:
+        if not self._lock.acquire(timeout=CLOSE_SECONDS):
+            return  # a thread hangs in opening a file, and the load has failed for that
+        try:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
             self._mappings.clear()
+        finally:
+            self._lock.release()
 
     def _read(self, chunk: Chunk, views: list[memoryview], offset: int, needed: int) -> None:
         done = 0

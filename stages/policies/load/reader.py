@@ -158,6 +158,8 @@ class _Pool:
         self._running = 0
         self.done: dict[str, int] = {}
         self.failure: BaseException | None = None
+        self.reading: dict[str, Chunk] = {}
+        """Thread -> what it has taken last."""
 
     def start(self, num_threads: int) -> list[threading.Thread]:
         """Start the threads. They are daemons: one that hangs in a read does not keep the process alive."""
@@ -190,7 +192,9 @@ class _Pool:
     def _work(self) -> None:
         lane = Lane(self._files)
         try:
+            name = threading.current_thread().name
             for job in self._take():
+                self.reading[name] = job.chunk
                 job.route.carry(job.chunk, lane)
                 if job.landed is not None:
                     job.landed()
@@ -230,7 +234,8 @@ def read_all(jobs: list[Job], files: Files, num_threads: int, totals: Mapping[st
             if ended:
                 break
             if time.monotonic() - moved > STALL_SECONDS:
-                raise UsageError(f"nothing was read for {STALL_SECONDS:.0f} s: is the file system there?")
+                files = ", ".join(sorted({chunk.file for chunk in pool.reading.values()}))
+                raise UsageError(f"{files}: nothing was read for {STALL_SECONDS:.0f} s: is the file system there?")
     except BaseException as error:
         pool.stop(error)
         pool.wait(REPORT_SECONDS)

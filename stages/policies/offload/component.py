@@ -112,18 +112,19 @@ class Turns:
             try:
                 for ready in seat.ready:
                     self.engine.wait(ready)
+                seat.unit.bind(self._arena[seat.begin :])
+                if self._current is not None and self._current is not seat:
+                    self._next[self._current] = seat
+                self._current = seat
+                following = self._next.get(seat)
+                if following is not None:
+                    self._bring(following, keep=seat)
             except BaseException:
                 seat.thread = None
+                seat.free = self.engine.record()
                 self._evict(seat)
                 self._condition.notify_all()
                 raise
-            seat.unit.bind(self._arena[seat.begin :])
-            if self._current is not None and self._current is not seat:
-                self._next[self._current] = seat
-            self._current = seat
-            following = self._next.get(seat)
-            if following is not None:
-                self._bring(following, keep=seat)
 
     def leave(self, seat: Seat) -> None:
         """The call is over, in whatever way."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
 
+from stages.memory import engine as engines
 from stages.memory import staging
-from stages.memory.engine import Counters, CudaEngine, HostEngine, engine_for
+from stages.memory.engine import Counters, CudaEngine, HostEngine, Ready, engine_for
 
 
 def source(num_bytes: int, value: int = 7) -> torch.Tensor:
@@ -186,3 +188,10 @@ def test_synchronize_waits_for_staged_copies_that_wait_for_their_source(monkeypa
     assert len(issued) == 1
     assert memory.eq(7).all()
     engine.close()
+
+
+def test_a_copy_that_nobody_reads_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "STAGED_SECONDS", 0.01)
+    engine = HostEngine()
+    with pytest.raises(RuntimeError, match=r"weights were not read within 0 s: is the disk there\?"):
+        engine.wait(Ready(issued=Future()))

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni.errors import UsageError
+from stages.policies.load import files as loaded_files
 from stages.policies.load import reader
 from stages.policies.load.catalog import Entry
 from stages.policies.load.chunks import Chunk, Piece, plan_chunks
@@ -133,9 +134,34 @@ def test_a_load_that_stands_still_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "REPORT_SECONDS", 0.001)
     monkeypatch.setattr(reader, "STALL_SECONDS", 0.01)
     gate = threading.Event()
-    with pytest.raises(UsageError, match="nothing was read for"):
+    with pytest.raises(UsageError, match=r"^file: nothing was read for"):
         read_all(jobs_of(Counting(gate=gate), 3), Files("buffered"), 2, {"part": 3}, quiet)
     gate.set()
+
+
+def test_a_file_that_hangs_while_it_is_opened_does_not_hang_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded_files, "CLOSE_SECONDS", 0.01)
+    files, gate, opening = Files("buffered"), threading.Event(), threading.Event()
+
+    def hang(file: str, flags: int) -> int:
+        opening.set()
+        gate.wait(60)
+        raise UsageError("gone")
+
+    monkeypatch.setattr(loaded_files, "_open", hang)
+    chunk = Chunk("file", 0, 1, (Piece("w", 0, 1),))
+
+    def read() -> None:
+        with pytest.raises(UsageError, match="gone"):
+            files.scatter(chunk, [memoryview(bytearray(1))])
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert opening.wait(60)
+    files.close()
+    gate.set()
+    thread.join(60)
+    files.close()
 
 
 def test_nothing_to_read() -> None:

@@ -41,3 +41,25 @@ def test_the_next_component_is_fetched_while_one_computes() -> None:
             components[name](X)
         assert inside[3:] == [["a", "b"], ["a", "c"], ["b", "c"]]
     offload.reset()
+
+
+def test_a_fetch_that_fails_leaves_nobody_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    components: dict[str, nn.Module] = {name: Denoiser().eval() for name in "abc"}
+    with torch.no_grad():
+        wanted = components["a"](X)
+    offload = put(components, "component", budget_bytes=2 * 4096, order=("a", "b", "c"))
+    turns = offload._turns
+    assert turns is not None
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the disk is gone")
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(turns.seats[1].unit, "copy_in", fail)
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            components["a"](X)
+    assert [seat.thread for seat in turns.seats] == [None] * 3
+    with torch.no_grad():
+        for name in "abc":
+            assert torch.equal(components[name](X), wanted) == (name == "a")
+    offload.reset()
