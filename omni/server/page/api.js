@@ -22,6 +22,13 @@ export class ApiError extends Error {
 /** Relative to the page, so that a server behind a path of a proxy works too. */
 const address = (path) => new URL(path, document.baseURI);
 
+/** What the server's clock is ahead of ours, in seconds; its Date header knows whole ones only. */
+let ahead = 0;
+const CLOCKS_AGREE_SECONDS = 2;
+
+/** Seconds since 1970 by the server's clock. */
+export const serverNow = () => Date.now() / 1000 + (Math.abs(ahead) > CLOCKS_AGREE_SECONDS ? ahead : 0);
+
 let askForKey = async () => null;
 let asking = null;
 
@@ -55,6 +62,7 @@ export async function call(path, options = {}) {
     const key = sessionStorage.getItem(KEY);
     if (key !== null) headers.set("Authorization", `Bearer ${key}`);
     const response = await fetch(address(path), { ...options, headers });
+    ahead = (Date.parse(response.headers.get("Date")) - Date.now()) / 1000 || 0;
     if (response.ok) return response;
     if (response.status === 401 && (await newKey(key))) continue;
     const body = await response.json().catch(() => null);

@@ -1,21 +1,24 @@
 /** The page: ties the form, the job that is looked at, the history and the address together. */
 
-import { ApiError, FINAL, call, deleteJob, getJob, hasKey, listGraphs, mediaUrl, onKeyNeeded, planPath, setKey, startJob } from "./api.js";
+import { ApiError, FINAL, deleteJob, getJob, hasKey, listGraphs, mediaUrl, onKeyNeeded, planPath, setKey, startJob } from "./api.js";
 import { askOnce, byId, el, icon } from "./dom.js";
 import { Form } from "./form.js";
 import { History } from "./history.js";
 import { JobView } from "./job_view.js";
 
 const LARGEST_SEED = 2 ** 32 - 1;
+/** Steps from preview to preview. */
+const PREVIEW_EVERY = 2;
 const THEMES = ["auto", "light", "dark"];
 
 let graphs = [];
 let graph = null;
 let form = null;
+const forms = new Map();
 let starting = false;
 
 const view = new JobView((job) => past.set(job));
-const past = new History({ open: openJob, again, remove });
+const past = new History({ open: openJob, again, remove, attempt });
 
 // Saying what is wrong ------------------------------------------------------------------------------------------
 
@@ -53,7 +56,9 @@ async function chooseGraph(name) {
   graph = graphs.find((known) => known.name === name) ?? graphs[0];
   byId("graph").value = graph.name;
   byId("graph-about").textContent = graph.description ?? "";
-  form = new Form(graph, byId("inputs"), byId("advanced"));
+  if (!forms.has(graph)) forms.set(graph, new Form(graph));
+  form = forms.get(graph);
+  form.mount(byId("inputs"), byId("advanced"));
   await attempt(() => showPlan(graph.name));
 }
 
@@ -63,7 +68,7 @@ function seed() {
   const wrong = text !== "" && !(Number.isInteger(value) && value >= 0 && value <= LARGEST_SEED);
   byId("seed-fault").textContent = wrong ? `The seed is a whole number from 0 to ${LARGEST_SEED}, or empty.` : "";
   byId("seed-fault").hidden = !wrong;
-  byId("seed").toggleAttribute("aria-invalid", wrong);
+  byId("seed").setAttribute("aria-invalid", wrong);
   if (wrong) byId("seed").focus();
   return { wrong, value: text === "" ? undefined : value };
 }
@@ -80,14 +85,14 @@ async function run() {
   if (!form.check() || wrong) return;
   const { inputs, files } = form.read();
   starting = true;
-  byId("run").disabled = true;
+  byId("run").setAttribute("aria-disabled", true);
   await attempt(async () => {
-    const job = await startJob(graph.name, { inputs, seed: value, preview_every: 1 }, files);
+    const job = await startJob(graph.name, { inputs, seed: value, preview_every: PREVIEW_EVERY }, files);
     byId("announce").textContent = "Queued";
     past.set(job);
     openJob(job);
   });
-  byId("run").disabled = false;
+  byId("run").removeAttribute("aria-disabled");
   starting = false;
 }
 
@@ -151,6 +156,7 @@ function askForKey(refused) {
   const dialog = byId("key-dialog");
   byId("key-refused").hidden = !refused;
   byId("key-input").value = "";
+  byId("key").hidden = false;
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
@@ -158,7 +164,6 @@ function askForKey(refused) {
       "close",
       () => {
         const key = dialog.returnValue === "use" ? byId("key-input").value.trim() : "";
-        byId("key").hidden = !key && !hasKey();
         resolve(key || null);
       },
       { once: true },
@@ -191,6 +196,7 @@ function nextTheme() {
 // Start ---------------------------------------------------------------------------------------------------------
 
 function pressed(event) {
+  if (event.isComposing) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
     event.preventDefault();
     run();
@@ -214,6 +220,8 @@ function listen() {
   byId("theme").addEventListener("click", nextTheme);
   byId("key").addEventListener("click", changeKey);
   document.addEventListener("keydown", pressed);
+  // A file that is dropped beside its place would replace the page.
+  for (const type of ["dragover", "drop"]) document.addEventListener(type, (event) => event.preventDefault());
   window.addEventListener("popstate", followAddress);
   showTheme();
 }
@@ -222,7 +230,6 @@ async function start() {
   byId("key").hidden = !hasKey();
   await attempt(async () => {
     graphs = await listGraphs();
-    byId("key").hidden = !hasKey();
     const options = () => graphs.map(({ name }) => el("option", { value: name, textContent: name }));
     byId("graph").replaceChildren(...options());
     byId("history-graph").replaceChildren(el("option", { value: "", textContent: "All graphs" }), ...options());

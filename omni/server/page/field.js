@@ -4,6 +4,9 @@ import { el } from "./dom.js";
 
 let count = 0;
 
+/** The type of an input in its graph, without `list[...]`: text, image, video, audio, tensor, json or any. */
+export const baseType = (schema) => schema["x-type"].replace(/^list\[(.*)\]$/, "$1");
+
 /** The control for one input. Kinds of it make the control and say how its value is read and written. */
 export class Field {
   constructor(name, schema, required) {

@@ -2,7 +2,7 @@
 
 import { el } from "./dom.js";
 import { Field } from "./field.js";
-import { MediaField, mediaType } from "./media.js";
+import { MediaField, isMedia } from "./media.js";
 
 class TextField extends Field {
   makeControl() {
@@ -114,14 +114,8 @@ class JsonField extends Field {
   }
 }
 
-/** The schema itself, or X of `anyOf: [X, null]`. */
-function plain(schema) {
-  const variants = (schema.anyOf ?? []).filter((variant) => variant.type !== "null");
-  return variants.length === 1 ? { ...schema, ...variants[0] } : schema;
-}
-
 function kindOf(schema) {
-  if (mediaType(schema)) return MediaField;
+  if (isMedia(schema)) return MediaField;
   if (schema.enum) return ChoiceField;
   if (schema.type === "string") return TextField;
   if (schema.type === "number" || schema.type === "integer") return NumberField;
@@ -130,7 +124,6 @@ function kindOf(schema) {
 }
 
 /** The control for one input. */
-export function makeField(name, given, required) {
-  const schema = plain(given);
+export function makeField(name, schema, required) {
   return new (kindOf(schema))(name, schema, required);
 }

@@ -1,29 +1,33 @@
 /** The form of a graph: its inputs by their JSON Schema, the rare ones folded away. */
 
 import { el } from "./dom.js";
+import { baseType } from "./field.js";
 import { makeField } from "./fields.js";
 import { MediaField } from "./media.js";
 
 /** Which inputs are shown at once: those that a request needs, and what it is about. The rest is for tuning. */
 function isBasic(name, schema, required) {
-  const about = schema["x-omni-type"] !== undefined && !/^(negative_|mask)/.test(name);
-  return required || about;
+  const about = ["text", "image", "video", "audio"].includes(baseType(schema));
+  return required || (about && !/^(negative_|mask_)/.test(name));
 }
 
 export class Form {
-  /** Builds the controls inside `basic` and `advanced`, the content of a <details>. */
-  constructor(graph, basic, advanced) {
+  constructor(graph) {
     const { properties = {}, required = [] } = graph.inputs;
     this.fields = Object.entries(properties).map(([name, schema]) => makeField(name, schema, required.includes(name)));
     const first = this.fields.filter((field) => isBasic(field.name, field.schema, field.required));
-    const shown = first.length ? first : this.fields;
-    const folded = this.fields.filter((field) => !shown.includes(field));
+    this.shown = first.length ? first : this.fields;
+    this.folded = this.fields.filter((field) => !this.shown.includes(field));
+  }
+
+  /** Put the controls into `basic`, and the rare ones into `advanced`, a <details>. */
+  mount(basic, advanced) {
     this.advanced = advanced;
-    basic.replaceChildren(...shown.map((field) => field.node));
+    basic.replaceChildren(...this.shown.map((field) => field.node));
     if (!this.fields.length) basic.append(el("p", { class: "hint", textContent: "This graph takes no inputs." }));
-    advanced.querySelector(".fields").replaceChildren(...folded.map((field) => field.node));
-    advanced.querySelector(".count").textContent = folded.length;
-    advanced.hidden = !folded.length;
+    advanced.querySelector(".fields").replaceChildren(...this.folded.map((field) => field.node));
+    advanced.querySelector(".count").textContent = this.folded.length;
+    advanced.hidden = !this.folded.length;
   }
 
   /** Show what is wrong; the first faulty control gets the focus. True when all is well. */
@@ -45,7 +49,7 @@ export class Form {
   }
 
   reveal(field) {
-    if (this.advanced.contains(field.node)) this.advanced.open = true;
+    if (this.folded.includes(field)) this.advanced.open = true;
     field.control.focus();
   }
 
@@ -66,9 +70,8 @@ export class Form {
     for (const field of this.fields) {
       field.showFault("");
       field.write(field instanceof MediaField ? undefined : inputs[field.name]);
-      if (!field.required && field.name in inputs && inputs[field.name] !== field.schema.default) {
-        if (this.advanced.contains(field.node)) this.advanced.open = true;
-      }
+      const tuned = field.name in inputs && inputs[field.name] !== field.schema.default;
+      if (tuned && this.folded.includes(field)) this.advanced.open = true;
     }
     const media = this.fields.filter((field) => field instanceof MediaField && inputs[field.name]);
     await Promise.all(media.map((field) => field.load(mediaPaths(field.name, inputs[field.name]))));

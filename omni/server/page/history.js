@@ -23,15 +23,15 @@ function when(seconds) {
 }
 
 export class History {
-  /** `actions` are `open(job)`, `again(job)` and `remove(job)`. */
+  /** `actions` are `open(job)`, `again(job)`, `remove(job)`, and `attempt(work)`, which shows the errors of `work`. */
   constructor(actions) {
     this.actions = actions;
     this.jobs = [];
     this.items = new Map();
     this.current = "";
     this.loading = 0;
-    byId("history-graph").addEventListener("change", () => this.load());
-    byId("more").addEventListener("click", () => this.more());
+    byId("history-graph").addEventListener("change", () => actions.attempt(() => this.load()));
+    byId("more").addEventListener("click", () => actions.attempt(() => this.more()));
     setInterval(() => this.poll(), POLL_MS);
   }
 

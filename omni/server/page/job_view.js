@@ -1,6 +1,6 @@
 /** The job that is looked at: progress of its stages, its preview, its result or its error. */
 
-import { ApiError, FINAL, getGraph, getJob, jobEvents } from "./api.js";
+import { ApiError, FINAL, getGraph, getJob, jobEvents, serverNow } from "./api.js";
 import { byId, duration, el, size } from "./dom.js";
 import { release, showOutputs } from "./outputs.js";
 import { hear, newRun } from "./run.js";
@@ -44,8 +44,8 @@ export class JobView {
     this.leaving.abort();
     const leaving = (this.leaving = new AbortController());
     this.job = job;
-    this.run = newRun([]);
-    this.since = performance.now();
+    this.run = newRun([], job.state);
+    this.since = performance.now() - 1000 * Math.max(0, serverNow() - (job.started_at ?? job.created_at));
     this.prepare();
     this.draw();
     try {
@@ -68,7 +68,7 @@ export class JobView {
   }
 
   async follow(signal) {
-    this.run = newRun(await stagesOf(this.job.graph));
+    this.run = newRun(await stagesOf(this.job.graph), this.job.state);
     if (signal.aborted) return;
     const live = !FINAL.has(this.job.state);
     const connection = (open) => {
@@ -77,7 +77,8 @@ export class JobView {
     for await (const event of jobEvents(this.job.id, signal, connection)) {
       const news = hear(this.run, event);
       if (live && news) byId("announce").textContent = news;
-      if (live && this.run.type !== this.job.state) this.update({ ...this.job, state: this.run.type });
+      const { state } = this.run;
+      if (live && !FINAL.has(state) && state !== this.job.state) this.update({ ...this.job, state });
       this.draw();
     }
     if (!live) return;

@@ -2,22 +2,19 @@
 
 import { call } from "./api.js";
 import { el, icon, iconButton, size } from "./dom.js";
-import { Field } from "./field.js";
+import { Field, baseType } from "./field.js";
 
 const ACCEPT = { image: "image/*", video: "video/*", audio: "audio/*", tensor: ".safetensors" };
 
-/** `image`, `video`, `audio` or `tensor` when the schema asks for such files, one or a list of them; else undefined. */
-export function mediaType(schema) {
-  const type = (schema.type === "array" ? schema.items : schema)?.["x-omni-type"];
-  return type in ACCEPT ? type : undefined;
-}
+/** Whether an input is filled by files. */
+export const isMedia = (schema) => baseType(schema) in ACCEPT;
 
 /** Whether a dragged or pasted thing is a file. */
 const holdsFiles = (transfer) => [...(transfer?.types ?? [])].includes("Files");
 
 export class MediaField extends Field {
   makeControl() {
-    this.type = mediaType(this.schema);
+    this.type = baseType(this.schema);
     this.many = this.schema.type === "array";
     this.files = [];
     this.shown = el("ul", { class: "files" });
@@ -52,9 +49,10 @@ export class MediaField extends Field {
 
   add(files) {
     const given = [...files];
-    this.files = this.many ? [...this.files, ...given] : given.slice(0, 1);
-    this.control.value = "";
-    this.showFault("");
+    const fit = given.filter((file) => this.type === "tensor" || file.type.startsWith(`${this.type}/`));
+    this.control.value = ""; // so that choosing the same file again is a change
+    this.showFault(fit.length < given.length ? `${this.title()} takes files of the type ${this.type} only.` : "");
+    if (fit.length) this.files = this.many ? [...this.files, ...fit] : fit.slice(0, 1);
     this.show();
   }
 

@@ -7,10 +7,10 @@ const LONGEST_SHOWN_CHARS = 200000;
 
 /** Revoke the copies in memory that elements of `node` show. */
 export function release(node) {
-  for (const shown of node.querySelectorAll('[src^="blob:"]')) URL.revokeObjectURL(shown.src);
+  for (const shown of node.querySelectorAll('[src^="blob:"], [href^="blob:"]')) URL.revokeObjectURL(shown.src ?? shown.href);
 }
 
-/** Elements for all outputs of a job. Rejects when one cannot be read. */
+/** Elements for all outputs of a job; one that cannot be read says so. */
 export function showOutputs(job, signal) {
   const all = Object.entries(job.outputs).flatMap(([name, values]) => values.map((value, index) => ({ name, value, index })));
   return Promise.all(all.map((output) => showOutput(job, output, all.length, signal)));
@@ -27,7 +27,8 @@ export function firstPicture(job) {
 async function showOutput(job, { name, value, index }, num, signal) {
   const path = outputPath(job.id, name, index);
   const title = job.outputs[name].length > 1 ? `${name} ${index + 1}` : name;
-  const shown = await (SHOW[value.type] ?? showNothing)({ path, value, title, job, signal });
+  const show = SHOW[value.type] ?? (() => unseen("This value has no picture."));
+  const shown = await show({ path, value, title, job, signal }).catch((error) => unseen(`${title} cannot be read: ${error.message}`));
   const file = `${job.graph}-${job.seed}-${title.replace(" ", "-")}.${suffix(value.media_type)}`;
   const caption = el(
     "figcaption",
@@ -60,13 +61,20 @@ const SHOW = {
     return { node: el("p", { class: "text", textContent: text.slice(0, LONGEST_SHOWN_CHARS) }), copy: text };
   },
   async json({ path, value, signal }) {
-    const text = JSON.stringify(JSON.parse(value.text ?? (await (await call(path, { signal })).text())), null, 2);
+    const text = pretty(value.text ?? (await (await call(path, { signal })).text()));
     return { node: el("pre", { tabindex: "0", textContent: text.slice(0, LONGEST_SHOWN_CHARS) }), copy: text };
   },
 };
 
-async function showNothing() {
-  return { node: el("p", { class: "hint", textContent: "This value has no picture." }) };
+const unseen = async (reason) => ({ node: el("p", { class: "hint", textContent: reason }) });
+
+/** JSON with one value a line; what is no JSON as it is. */
+function pretty(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text;
+  }
 }
 
 const suffix = (mediaType) =>

@@ -1,12 +1,11 @@
 /** What the events of a job say, as one state: stages with their steps, the preview, the end. Pure. */
 
-/** The state before any event; `stages` are the graph's, in the order of their run. */
-export function newRun(stages) {
+/** Before any event; `stages` are the graph's, in the order of their run, `state` is the job's. */
+export function newRun(stages, state) {
   return {
-    type: "queued",
+    state,
     stages: new Map(stages.map((name) => [name, { state: "waiting", text: "" }])),
     preview: null,
-    error: null,
     note: "",
   };
 }
@@ -17,7 +16,7 @@ export function hear(run, { type, data }) {
   const handlers = {
     stage_started() {
       Object.assign(stage, { state: "running", since: performance.now() });
-      run.type = "running";
+      run.state = "running";
       return `${data.stage} has started`;
     },
     progress() {
@@ -40,19 +39,19 @@ export function hear(run, { type, data }) {
       return `${data.stage} is done`;
     },
     restarted() {
-      Object.assign(run, newRun(run.stages.keys()), { note: `Started again (attempt ${data.attempt}): ${data.reason}` });
+      Object.assign(run, newRun([...run.stages.keys()], "queued"), { note: `Started again (attempt ${data.attempt}): ${data.reason}` });
       return run.note;
     },
     done() {
-      run.type = "done";
+      run.state = "done";
       return "Done";
     },
     failed() {
-      Object.assign(run, { type: "failed", error: data.error });
+      Object.assign(run, { state: "failed" });
       return "";
     },
     aborted() {
-      Object.assign(run, { type: "aborted", note: data.reason });
+      Object.assign(run, { state: "aborted", note: data.reason });
       return "Aborted";
     },
   };
