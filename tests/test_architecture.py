@@ -14,6 +14,7 @@ import pytest
 LAYERS = (
     ("omni.cli",),
     ("omni.bench",),
+    ("omni.server",),
     ("omni.models",),
     ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe", "omni.load_flags"),
     ("omni.runner",),

@@ -1,0 +1,191 @@
+"""Spans of calls, requests, stages and hops; and nothing at all when nobody collects them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from omni.errors import StageError, UsageError
+from omni.messages import Aborted, Done, Event, Failed, HopFinished, Queued, StageFinished, StageStarted
+from omni.server.tracing import Tracing, build_tracing, telemetry_of
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+EVENTS: tuple[Event, ...] = (
+    Queued(request_id="a"),
+    StageStarted(request_id="a", stage="rewrite"),
+    StageFinished(request_id="a", stage="rewrite", seconds=0.2, bytes=40),
+    HopFinished(request_id="a", source="rewrite", target="draw", transport="object_store", seconds=0.002, bytes=40),
+    StageStarted(request_id="a", stage="draw"),
+    StageFinished(request_id="a", stage="draw", seconds=1.5, bytes=99),
+)
+DONE = Done(request_id="a", outputs={}, seconds=1.8)
+
+
+@pytest.fixture
+def spans() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def tracing(spans: InMemorySpanExporter) -> Tracing:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    found = build_tracing({}, provider)
+    assert found is not None
+    return found
+
+
+def by_name(spans: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    return {span.name: span for span in spans.get_finished_spans()}
+
+
+def parent_of(span: ReadableSpan) -> str:
+    return f"{span.parent.span_id:016x}" if span.parent else ""
+
+
+def id_of(span: ReadableSpan) -> str:
+    return f"{span.context.span_id:016x}"
+
+
+async def call(tracing: Tracing, path: str, events: tuple[Event, ...] = (), **headers: str) -> None:
+    """One HTTP call of an app whose handler sees `events`."""
+    app = FastAPI(telemetry=telemetry_of(tracing))
+
+    @app.post("/v1/things/{thing}")
+    async def make(thing: str) -> str:
+        for event in events:
+            tracing.observe("demo", event)
+        return tracing.current()
+
+    @app.post("/v1/broken")
+    async def broken() -> None:
+        raise ZeroDivisionError
+
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post(path, headers=headers)
+
+
+async def test_a_call_has_spans_of_its_request_stages_and_hops(tracing: Tracing, spans: InMemorySpanExporter) -> None:
+    await call(tracing, "/v1/things/7", (*EVENTS, DONE), traceparent=TRACEPARENT)
+    found = by_name(spans)
+    assert set(found) == {
+        "POST /v1/things/{thing}",
+        "request demo",
+        "stage rewrite",
+        "stage draw",
+        "hop rewrite to draw",
+    }
+    assert {f"{span.context.trace_id:032x}" for span in found.values()} == {TRACE}
+    http, request = found["POST /v1/things/{thing}"], found["request demo"]
+    assert (parent_of(http), parent_of(request)) == (PARENT, id_of(http))
+    for name in ("stage rewrite", "stage draw", "hop rewrite to draw"):
+        assert parent_of(found[name]) == id_of(request)
+    assert http.kind is SpanKind.SERVER
+    facts = {"http.request.method": "POST", "http.route": "/v1/things/{thing}", "http.response.status_code": 200}
+    assert facts.items() <= dict(http.attributes or {}).items()
+    assert dict(request.attributes or {}) == {
+        "omni.graph": "demo",
+        "omni.request_id": "a",
+        "omni.outcome": "done",
+    }
+    stage = found["stage draw"]
+    assert ((stage.end_time or 0) - (stage.start_time or 0)) / 1e9 == pytest.approx(1.5)
+
+
+async def test_a_call_without_traceparent_begins_a_trace(tracing: Tracing, spans: InMemorySpanExporter) -> None:
+    await call(tracing, "/v1/things/7", traceparent="not-a-traceparent")
+    (span,) = spans.get_finished_spans()
+    assert span.parent is None
+
+
+async def test_faults_of_ours_are_errors_and_other_paths_have_no_span(
+    tracing: Tracing, spans: InMemorySpanExporter
+) -> None:
+    await call(tracing, "/health")
+    assert spans.get_finished_spans() == ()
+    await call(tracing, "/v1/broken")
+    (span,) = spans.get_finished_spans()
+    assert (span.name, span.status.status_code) == ("POST /v1/broken", StatusCode.ERROR)
+
+
+def test_a_job_s_spans_go_below_the_call_that_made_it(tracing: Tracing, spans: InMemorySpanExporter) -> None:
+    tracing.adopt("a", TRACEPARENT)
+    tracing.adopt("b", "")
+    for request_id in ("a", "b"):
+        tracing.observe("demo", Queued(request_id=request_id))
+        tracing.observe("demo", Done(request_id=request_id, outputs={}))
+    one, other = spans.get_finished_spans()
+    assert (parent_of(one), other.parent) == (PARENT, None)
+
+
+@pytest.mark.parametrize(
+    ("final", "status", "attribute"),
+    [
+        (Failed(request_id="a", error=StageError("draw", "out of paint")), StatusCode.ERROR, "failed"),
+        (Aborted(request_id="a", reason="the client left"), StatusCode.UNSET, "aborted"),
+    ],
+)
+def test_stages_that_did_not_finish_have_spans_too(
+    tracing: Tracing, spans: InMemorySpanExporter, final: Failed | Aborted, status: StatusCode, attribute: str
+) -> None:
+    for event in (*EVENTS[:-1], final):
+        tracing.observe("demo", event)
+    found = by_name(spans)
+    assert found["request demo"].status.status_code is status
+    assert (found["request demo"].attributes or {})["omni.outcome"] == attribute
+    assert (found["stage draw"].attributes or {})["omni.finished"] is False
+    tracing.observe("demo", Queued(request_id="a"))  # nothing is left of the first
+    tracing.observe("demo", Done(request_id="a", outputs={}))
+    assert len([span for span in spans.get_finished_spans() if span.name == "request demo"]) == 2
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"},
+        {"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"},
+    ],
+)
+def test_nothing_is_traced_unless_asked_for(environment: dict[str, str]) -> None:
+    assert build_tracing(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4317", "OTEL_EXPORTER_OTLP_PROTOCOL": "no"}, "otlp"),
+        ({"OTEL_TRACES_EXPORTER": "smoke"}, "smoke"),
+    ],
+)
+def test_an_exporter_that_is_not_installed_is_named(environment: dict[str, str], name: str) -> None:
+    with pytest.raises(UsageError, match=f"the exporter '{name}' of traces, which is not installed: pip install"):
+        build_tracing(environment)
+
+
+def test_the_environment_configures_an_exporter() -> None:
+    code = """
+import sys
+import omni.server.metrics, omni.server.tracing
+from omni.messages import Done
+assert omni.server.tracing.build_tracing({}) is None
+assert not [name for name in sys.modules if name.startswith("opentelemetry.sdk")], "FastAPI has the rest"
+tracing = omni.server.tracing.build_tracing({"OTEL_TRACES_EXPORTER": "console"})
+tracing.observe("demo", Done(request_id="a", outputs={}))
+tracing.stop()
+assert not {"torch", "ray", "diffusers"} & set(sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert '"name": "request demo"' in ran.stdout
+    assert '"service.name": "omni"' in ran.stdout
