@@ -22,8 +22,14 @@ import omni
 from omni.cli.main import COMMANDS
 from omni.load import load_graph
 
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "_pytest": "pytest"}
-"""Import name -> distribution, where they differ."""
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "_pytest": "pytest",
+    "opentelemetry": "opentelemetry-sdk",
+    "starlette": "fastapi",
+}
+"""Import name -> the distribution that has it, or that is made of it."""
 PLAIN_NAMES = "configs/models/shapes/"
 """The scripts in here import each other by plain name, and so does their test."""
 OWN_ENVIRONMENT = re.compile(r"-m venv (\S+) && \1/bin/pip install ")
