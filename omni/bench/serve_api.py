@@ -23,13 +23,14 @@ class Api(msgspec.Struct, frozen=True):
     """One kind of request; `{number}` in `body` and `expect` becomes its number."""
 
     name: str
+    graph: str
     path: str
     body: str
     headers: dict[str, str] = {}
     expect: str = ""
 
 
-def choose_api(server: Server, graph: str | None, api: str, inputs: Sequence[str] = ()) -> Api:
+def choose_api(server: Server, graph: str | None, api: str, inputs: Sequence[str] = (), prompt: str = PROMPT) -> Api:
     """How to ask `graph`, or the server's only graph. Raises UsageError."""
     found = server.ask("GET", "/v1/graphs")["data"]
     names = [item["name"] for item in found]
@@ -41,22 +42,23 @@ def choose_api(server: Server, graph: str | None, api: str, inputs: Sequence[str
         types = [str(port_type).removeprefix("list[").rstrip("]") for port_type in outputs.values()]
         api = next((CALLS[port_type] for port_type in types if port_type in CALLS), "job")
     is_echo = set(outputs) == {"text"} and name == "noop"
-    return _build(api, name, _parse_inputs(inputs), PROMPT if is_echo else "")
+    values = {"prompt": prompt, **parse_inputs(inputs)}
+    return _build(api, name, values, prompt if is_echo else "")
 
 
 def _build(api: str, graph: str, inputs: dict[str, Any], expect: str) -> Api:
     if api == "chat":
-        body: dict[str, Any] = {"model": graph, "messages": [{"role": "user", "content": PROMPT}]}
-        return Api(api, "/v1/chat/completions", json.dumps(body), expect=expect)
+        body: dict[str, Any] = {"model": graph, "messages": [{"role": "user", "content": inputs["prompt"]}]}
+        return Api(api, graph, "/v1/chat/completions", json.dumps(body), expect=expect)
     if api == "image":
-        body = {"model": graph, "prompt": PROMPT, "response_format": "b64_json"}
-        return Api(api, "/v1/images/generations", json.dumps(body))
-    body = {"inputs": {"prompt": PROMPT, **inputs}}
+        body = {"model": graph, "prompt": inputs["prompt"], "response_format": "b64_json"}
+        return Api(api, graph, "/v1/images/generations", json.dumps(body))
+    body = {"inputs": inputs}
     headers = {"Prefer": f"wait={WAIT_SECONDS}"}
-    return Api(api, f"/v1/graphs/{graph}/jobs", json.dumps(body), headers, expect=expect)
+    return Api(api, graph, f"/v1/graphs/{graph}/jobs", json.dumps(body), headers, expect=expect)
 
 
-def _parse_inputs(texts: Sequence[str]) -> dict[str, Any]:
+def parse_inputs(texts: Sequence[str]) -> dict[str, Any]:
     """Inputs by NAME=VALUE: JSON where it is any, else text."""
     values: dict[str, Any] = {}
     for text in texts:

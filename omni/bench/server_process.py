@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,19 +43,26 @@ class Server:
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         """The JSON that the server answers. Raises OmniError when it is no success."""
+        text = self._exchange(method, path, None if body is None else json.dumps(body), headers)
+        return json.loads(text) if text else None
+
+    def read(self, path: str) -> str:
+        """The text that the server has under `path`. Raises OmniError."""
+        return self._exchange("GET", path, None, {})
+
+    def _exchange(self, method: str, path: str, body: str | None, headers: Mapping[str, str]) -> str:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=ASK_SECONDS)
         try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, {**self.headers, **headers})
+            connection.request(method, path, body, {**self.headers, **headers})
             answer = connection.getresponse()
-            content = answer.read()
+            text = answer.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
             raise OmniError(f"{method} http://{self.host}:{self.port}{path}: {error}") from error
         finally:
             connection.close()
         if answer.status >= 300:
-            raise OmniError(f"{method} {path}: {answer.status} {content[:500].decode(errors='replace')}")
-        return json.loads(content) if content else None
+            raise OmniError(f"{method} {path}: {answer.status} {text[:500]}")
+        return text
 
     def is_ready(self) -> bool:
         """Whether every stage answers."""
