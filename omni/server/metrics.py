@@ -6,7 +6,7 @@ Labels come from the graphs and from route templates, never from what a client s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -20,21 +20,22 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omni.messages import (
-    Aborted,
     Done,
     Event,
-    Failed,
     HopFinished,
     LoadProgress,
     StageFinished,
     StageProgress,
 )
+from omni.server.jobs import StoreError
+from omni.server.observer import Observer
 
 SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -55,10 +56,20 @@ class GraphLoad(msgspec.Struct, frozen=True):
     num_running: int
 
 
-Loads = Callable[[], Mapping[str, GraphLoad]]
-"""Graph -> how busy it is; called for each scrape, in a thread."""
-JobCounts = Callable[[], Mapping[tuple[str, str], int]]
-"""(Graph, state) -> number of stored jobs; called for each scrape, in a thread."""
+class Load(msgspec.Struct, frozen=True):
+    """How busy a service is now."""
+
+    graphs: Mapping[str, GraphLoad]
+    num_listeners: int
+    """Clients that listen to a job's events."""
+    num_events: int
+    """Events of jobs that this process has stored so far."""
+
+
+ReadLoad = Callable[[], Load]
+"""Called for each scrape, in a thread."""
+CountJobs = Callable[[], Awaitable[Mapping[tuple[str, str], int]]]
+"""(Graph, state) -> number of stored jobs. Raises StoreError."""
 
 
 class Metrics:
@@ -82,7 +93,8 @@ class Metrics:
         self.http_requests = counter("omni_http_requests_total", "HTTP requests that are over", *route, "status")
         self.http_seconds = histogram("omni_http_request_seconds", "From a request's head to its answer's end", *route)
         self.http_running = gauge("omni_http_requests_running", "HTTP requests under way")
-        self.requests = counter("omni_requests_total", "Requests to graphs that are over", "graph", "outcome")
+        kind = ("graph", "kind")
+        self.requests = counter("omni_requests_total", "Requests to graphs that are over", *kind, "outcome")
         self.request_seconds = histogram("omni_request_seconds", "A done request's time in its graph", "graph")
         self.refused = counter("omni_requests_refused_total", "Requests that were not queued", "graph", "reason")
         self.waiting_seconds = histogram("omni_waiting_seconds", "From a request's arrival to its start", "graph")
@@ -97,17 +109,18 @@ class Metrics:
         self.hop_seconds = histogram("omni_hop_seconds", "A payload's way from stage to stage", *hop)
         self.hop_bytes = counter("omni_hop_bytes_total", "Bytes that crossed an edge", *hop)
         self.aborts = counter("omni_aborts_total", "Requests that were aborted", "graph")
-        self.restarts = counter("omni_restarts_total", "Attempts at a job after its first", "graph")
-        self.job_events = counter("omni_job_events_total", "Events of jobs that are stored")
-        self.listeners = gauge("omni_event_listeners", "Clients that listen to a job's events")
+        self.restarts = counter("omni_restarts_total", "Jobs that went back to the queue", "graph")
+        self.jobs = gauge("omni_jobs", "Stored jobs of all servers", "graph", "state")
 
-    def watch_loads(self, loads: Loads) -> None:
-        """Show how busy graphs are."""
-        self.registry.register(_Loads(loads))
+    def watch(self, read: ReadLoad) -> None:
+        """Show how busy a service is."""
+        self.registry.register(_LoadCollector(read))
 
-    def watch_jobs(self, counts: JobCounts) -> None:
-        """Show how many jobs there are in each state."""
-        self.registry.register(_Jobs(counts))
+    def set_jobs(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Show how many jobs there are of each graph, in each state."""
+        self.jobs.clear()
+        for labels, number in counts.items():
+            self.jobs.labels(*labels).set(number)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics as text, and its media type: OpenMetrics when the header `accept` asks for it."""
@@ -115,44 +128,33 @@ class Metrics:
         return encode(self.registry), media_type
 
 
-class _Loads(Collector):
-    """Reads how busy graphs are when it is asked, so that no count can drift."""
+class _LoadCollector(Collector):
+    """Reads how busy a service is when it is asked, so that no count can drift."""
 
-    def __init__(self, loads: Loads) -> None:
-        self._loads = loads
+    def __init__(self, read: ReadLoad) -> None:
+        self._read = read
 
     def describe(self) -> Iterable[Metric]:
-        return self._families({})
+        return self._families(Load({}, 0, 0))
 
     def collect(self) -> Iterable[Metric]:
-        return self._families(self._loads())
+        return self._families(self._read())
 
-    def _families(self, loads: Mapping[str, GraphLoad]) -> list[Metric]:
+    def _families(self, load: Load) -> list[Metric]:
         queued = GaugeMetricFamily("omni_queue_length", "Requests that wait", labels=["graph"])
         running = GaugeMetricFamily("omni_requests_running", "Requests that run", labels=["graph"])
-        for graph, load in loads.items():
-            queued.add_metric([graph], load.num_queued)
-            running.add_metric([graph], load.num_running)
-        return [queued, running]
-
-
-class _Jobs(Collector):
-    """Asks the store, which all servers that share it have in common."""
-
-    def __init__(self, counts: JobCounts) -> None:
-        self._counts = counts
-
-    def describe(self) -> Iterable[Metric]:
-        return self._families({})
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families(self._counts())
-
-    def _families(self, counts: Mapping[tuple[str, str], int]) -> list[Metric]:
-        family = GaugeMetricFamily("omni_jobs", "Stored jobs of all servers", labels=["graph", "state"])
-        for key, number in counts.items():
-            family.add_metric(key, number)
-        return [family]
+        for graph, found in load.graphs.items():
+            queued.add_metric([graph], found.num_queued)
+            running.add_metric([graph], found.num_running)
+        listeners = GaugeMetricFamily(
+            "omni_event_listeners", "Clients that listen to a job's events", load.num_listeners
+        )
+        return [
+            queued,
+            running,
+            listeners,
+            CounterMetricFamily("omni_job_events", "Events of jobs that were stored", load.num_events),
+        ]
 
 
 class _GraphMetrics:
@@ -161,12 +163,19 @@ class _GraphMetrics:
     def __init__(self, metrics: Metrics, graph: str) -> None:
         self._metrics = metrics
         self._graph = graph
-        self.outcomes = {name: metrics.requests.labels(graph, name) for name in ("done", "failed", "aborted")}
         self.seconds = metrics.request_seconds.labels(graph)
-        self.aborts = metrics.aborts.labels(graph)
         self.waiting_seconds = metrics.waiting_seconds.labels(graph)
+        self.aborts = metrics.aborts.labels(graph)
         self.restarts = metrics.restarts.labels(graph)
         self._children: dict[tuple[str, ...], Any] = {}
+
+    def outcome(self, kind: str, outcome: str) -> Counter:
+        """The counter of an end."""
+        key = ("outcome", kind, outcome)
+        if key not in self._children:
+            self._children[key] = self._metrics.requests.labels(self._graph, kind, outcome)
+        child: Counter = self._children[key]
+        return child
 
     def steps(self, stage: str, unit: str) -> Counter:
         """The counter of a stage's steps."""
@@ -197,20 +206,22 @@ class _GraphMetrics:
         return pair
 
 
-class MetricsListener:
-    """Counts what happens to requests. Every request must end in one final event, also when its client left."""
+class MetricsObserver(Observer):
+    """Counts what the service tells."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, graphs: Iterable[str] = ()) -> None:
         self._metrics = metrics
-        self._graphs: dict[str, _GraphMetrics] = {}
+        self._graphs = {graph: _GraphMetrics(metrics, graph) for graph in graphs}
 
-    def add_graph(self, graph: str) -> None:
-        """Make the graph's metrics, so that they are there with 0 before its first request."""
-        self._graph(graph)
+    def refused(self, graph: str, kind: str, reason: str) -> None:
+        if graph in self._graphs:  # a name that a client made up is no label
+            self._metrics.refused.labels(graph, reason).inc()
 
-    def observe(self, graph: str, event: Event) -> None:
-        """Count one event of a request to `graph`."""
-        found = self._graph(graph)
+    def started(self, request_id: str, graph: str, kind: str, waited_seconds: float) -> None:
+        self._graphs[graph].waiting_seconds.observe(waited_seconds)
+
+    def event(self, request_id: str, graph: str, event: Event) -> None:
+        found = self._graphs[graph]
         match event:
             case StageProgress():
                 found.steps(event.stage, event.unit).inc()
@@ -224,13 +235,15 @@ class MetricsListener:
                 seconds.observe(event.seconds)
                 num_bytes.inc(event.bytes)
             case Done():
-                found.outcomes["done"].inc()
                 found.seconds.observe(event.seconds)
-            case Failed():
-                found.outcomes["failed"].inc()
-            case Aborted():
-                found.outcomes["aborted"].inc()
-                found.aborts.inc()
+
+    def finished(self, request_id: str, graph: str, kind: str, outcome: str, seconds: float) -> None:
+        found = self._graphs[graph]
+        found.outcome(kind, outcome).inc()
+        if outcome == "aborted":
+            found.aborts.inc()
+        elif outcome == "restarted":
+            found.restarts.inc()
 
     def loaded(self, graph: str, progress: LoadProgress) -> None:
         """Note how a stage's loading ended; from any thread."""
@@ -238,29 +251,11 @@ class MetricsListener:
             self._metrics.load_seconds.labels(graph, progress.stage).set(progress.load_seconds)
             self._note_peaks(graph, progress)
 
-    def waited(self, graph: str, seconds: float) -> None:
-        """Note how long a request has waited before it began."""
-        self._graph(graph).waiting_seconds.observe(seconds)
-
-    def refused(self, graph: str, reason: str) -> None:
-        """Count a request that was not queued; `reason` is one of a few short words."""
-        self._metrics.refused.labels(graph, reason).inc()
-
-    def restarted(self, graph: str) -> None:
-        """Count another attempt at a job."""
-        self._graph(graph).restarts.inc()
-
     def _note_peaks(self, graph: str, event: StageFinished | LoadProgress) -> None:
         if event.peak_device_bytes:
             self._metrics.device_bytes.labels(graph, event.stage).set(event.peak_device_bytes)
         if event.peak_host_bytes:
             self._metrics.host_bytes.labels(graph, event.stage).set(event.peak_host_bytes)
-
-    def _graph(self, graph: str) -> _GraphMetrics:
-        found = self._graphs.get(graph)
-        if found is None:
-            found = self._graphs[graph] = _GraphMetrics(self._metrics, graph)
-        return found
 
 
 class MetricsMiddleware:
@@ -308,13 +303,18 @@ def route_of(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "") or NO_ROUTE
 
 
-def build_router(metrics: Metrics) -> APIRouter:
-    """`GET /metrics`."""
+def build_router(metrics: Metrics, count_jobs: CountJobs | None = None) -> APIRouter:
+    """`GET /metrics`. Without an answer of `count_jobs`, because the store is away, all else is still shown."""
     router = APIRouter()
 
     @router.get("/metrics", response_class=Response, summary="Metrics for Prometheus", tags=["health"])
-    def show_metrics(request: Request) -> Response:
-        text, media_type = metrics.render(request.headers.get("accept", ""))
+    async def show_metrics(request: Request) -> Response:
+        if count_jobs is not None:
+            try:
+                metrics.set_jobs(await count_jobs())
+            except StoreError:
+                metrics.set_jobs({})
+        text, media_type = await run_in_threadpool(metrics.render, request.headers.get("accept", ""))
         return Response(text, headers={"content-type": media_type})
 
     return router

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi.telemetry import TelemetryConfig
 
 from omni.errors import UsageError
-from omni.messages import Aborted, Done, Event, Failed, HopFinished, StageFinished, StageStarted
+from omni.messages import Aborted, Event, Failed, HopFinished, StageFinished, StageStarted
+from omni.server.observer import Observer
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -29,6 +30,8 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 OTLP = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 """Protocol by its standard name -> exporter by its entry point."""
 DEFAULT_PROTOCOL = "http/protobuf"
+MAX_WAITING = 10_000
+"""Requests that wait and whose calls are remembered."""
 NEEDED = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
 
@@ -41,36 +44,38 @@ class _RequestSpans:
         self.begins: dict[str, int] = {}
 
 
-class Tracing:
-    """Makes spans out of events. Every request must end in one final event, also when its client left."""
+class Tracing(Observer):
+    """Makes spans out of what the service tells: a request from its acceptance on, its wait, its stages and hops."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        from opentelemetry import propagate, trace
+        from opentelemetry import context, trace
 
         self._trace = trace
-        self._propagate = propagate
+        self._current = context.get_current
         self.provider = provider
         self._tracer = provider.get_tracer("omni")
-        self._parents: dict[str, str] = {}
+        self._parents: dict[str, Context] = {}
+        """Of requests that wait: the context of the call that made them. A few may never run here."""
         self._requests: dict[str, _RequestSpans] = {}
 
-    def current(self) -> str:
-        """The W3C `traceparent` of the span around the caller, to keep with a job; empty without one."""
-        carrier: dict[str, str] = {}
-        self._propagate.inject(carrier)
-        return carrier.get("traceparent", "")
+    def accepted(self, request_id: str, graph: str, kind: str) -> None:
+        if len(self._parents) >= MAX_WAITING:
+            del self._parents[next(iter(self._parents))]
+        self._parents[request_id] = self._current()
 
-    def adopt(self, request_id: str, traceparent: str) -> None:
-        """Put the spans of a request that is to come below `traceparent`; otherwise they go below the caller's span."""
-        if traceparent:
-            self._parents[request_id] = traceparent
-
-    def observe(self, graph: str, event: Event) -> None:
-        """Open or close what the event begins or ends."""
-        found = self._requests.get(event.request_id)
-        if found is None:
-            found = self._begin(graph, event.request_id)
+    def started(self, request_id: str, graph: str, kind: str, waited_seconds: float) -> None:
         now = time.time_ns()
+        begin = now - _nanoseconds(waited_seconds)
+        attributes = {"omni.graph": graph, "omni.request_id": request_id, "omni.kind": kind}
+        parent = self._parents.pop(request_id, None) or self._empty()
+        span = self._tracer.start_span(f"request {graph}", parent, attributes=attributes, start_time=begin)
+        found = self._requests[request_id] = _RequestSpans(span, self._trace.set_span_in_context(span))
+        self._add(found, "wait", begin, now, {})
+
+    def event(self, request_id: str, graph: str, event: Event) -> None:
+        found, now = self._requests.get(request_id), time.time_ns()
+        if found is None:
+            return
         match event:
             case StageStarted():
                 found.begins[event.stage] = now
@@ -82,35 +87,31 @@ class Tracing:
                 facts = {"omni.transport": event.transport, "omni.bytes": event.bytes}
                 name = f"hop {event.source} to {event.target}"
                 self._add(found, name, now - _nanoseconds(event.seconds), now, facts)
-            case Done() | Failed() | Aborted():
-                self._end(event, found, now)
+            case Failed():
+                found.span.set_status(self._trace.StatusCode.ERROR, str(event.error))
+            case Aborted():
+                found.span.set_attribute("omni.reason", event.reason)
+
+    def finished(self, request_id: str, graph: str, kind: str, outcome: str, seconds: float) -> None:
+        found, now = self._requests.pop(request_id, None), time.time_ns()
+        if found is None:
+            return
+        for stage, begin in found.begins.items():  # those that did not finish
+            self._add(found, f"stage {stage}", begin, now, {"omni.finished": False})
+        found.span.set_attribute("omni.outcome", outcome)
+        found.span.end(now)
 
     def stop(self) -> None:
-        """Send what is still here."""
+        """Send what is still here. Blocks."""
         self.provider.shutdown()
 
-    def _begin(self, graph: str, request_id: str) -> _RequestSpans:
-        parent = self._parents.pop(request_id, "")
-        attributes = {"omni.graph": graph, "omni.request_id": request_id}
-        context = self._propagate.extract({"traceparent": parent}) if parent else None
-        span = self._tracer.start_span(f"request {graph}", context=context, attributes=attributes)
-        found = self._requests[request_id] = _RequestSpans(span, self._trace.set_span_in_context(span))
-        return found
+    def _empty(self) -> Context:
+        """The context of no span, for jobs whose call is long gone."""
+        return self._trace.set_span_in_context(self._trace.INVALID_SPAN)
 
     def _add(self, found: _RequestSpans, name: str, begin: int, end: int, attributes: Mapping[str, Any]) -> None:
         """A span that is over."""
-        self._tracer.start_span(name, context=found.context, attributes=attributes, start_time=begin).end(end)
-
-    def _end(self, event: Done | Failed | Aborted, found: _RequestSpans, now: int) -> None:
-        for stage, begin in found.begins.items():  # those that did not finish
-            self._add(found, f"stage {stage}", begin, now, {"omni.finished": False})
-        found.span.set_attribute("omni.outcome", type(event).__name__.lower())
-        if isinstance(event, Failed):
-            found.span.set_status(self._trace.StatusCode.ERROR, str(event.error))
-        elif isinstance(event, Aborted):
-            found.span.set_attribute("omni.reason", event.reason)
-        found.span.end(now)
-        del self._requests[event.request_id]
+        self._tracer.start_span(name, found.context, attributes=attributes, start_time=begin).end(end)
 
 
 def telemetry_of(tracing: Tracing | None) -> TelemetryConfig:

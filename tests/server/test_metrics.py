@@ -10,12 +10,9 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from omni.errors import StageError
 from omni.messages import (
-    Aborted,
     Done,
     Event,
-    Failed,
     HopFinished,
     LoadProgress,
     Queued,
@@ -23,7 +20,8 @@ from omni.messages import (
     StageProgress,
     StageStarted,
 )
-from omni.server.metrics import GraphLoad, Metrics, MetricsListener, MetricsMiddleware, build_router
+from omni.server.jobs import StoreError
+from omni.server.metrics import GraphLoad, Load, Metrics, MetricsMiddleware, MetricsObserver, build_router
 
 EVENTS: tuple[Event, ...] = (
     Queued(request_id="a"),
@@ -76,13 +74,15 @@ async def ask(app: ASGIApp, method: str, path: str, **headers: str) -> httpx.Res
 
 
 def test_a_request_is_counted_by_graph_stage_and_hop(metrics: Metrics) -> None:
-    listener = MetricsListener(metrics)
-    listener.waited("demo", 0.3)
+    observer = MetricsObserver(metrics, ["demo"])
+    observer.accepted("a", "demo", "image")
+    observer.started("a", "demo", "image", 0.3)
     for event in EVENTS:
-        listener.observe("demo", event)
+        observer.event("a", "demo", event)
+    observer.finished("a", "demo", "image", "done", 1.9)
     found = samples(metrics)
     expected = {
-        "omni_requests_total{graph=demo,outcome=done}": 1,
+        "omni_requests_total{graph=demo,kind=image,outcome=done}": 1,
         "omni_request_seconds_sum{graph=demo}": 1.8,
         "omni_waiting_seconds_sum{graph=demo}": 0.3,
         "omni_stage_seconds_sum{graph=demo,stage=draw}": 1.5,
@@ -94,31 +94,32 @@ def test_a_request_is_counted_by_graph_stage_and_hop(metrics: Metrics) -> None:
         "omni_hop_bytes_total{graph=demo,source=rewrite,target=draw,transport=object_store}": 40,
         "omni_stage_peak_host_bytes{graph=demo,stage=rewrite}": 5000,
         "omni_stage_peak_device_bytes{graph=demo,stage=draw}": 7000,
+        "omni_aborts_total{graph=demo}": 0,
     }
     assert {name: found.get(name) for name in expected} == expected
 
 
 def test_failures_aborts_refusals_and_restarts_are_counted(metrics: Metrics) -> None:
-    listener = MetricsListener(metrics)
-    listener.observe("demo", Failed(request_id="b", error=StageError("draw", "cause")))
-    listener.observe("demo", Aborted(request_id="c"))
-    listener.refused("demo", "queue_full")
-    listener.restarted("demo")
+    observer = MetricsObserver(metrics, ["demo"])
+    for outcome in ("failed", "aborted", "aborted", "restarted"):
+        observer.finished("b", "demo", "job", outcome, 1.0)
+    observer.refused("demo", "job", "QueueFull")
+    observer.refused("what a client wrote", "job", "InputError")
     found = samples(metrics)
     expected = {
-        "omni_requests_total{graph=demo,outcome=failed}": 1,
-        "omni_requests_total{graph=demo,outcome=aborted}": 1,
-        "omni_requests_total{graph=demo,outcome=done}": 0,
-        "omni_aborts_total{graph=demo}": 1,
-        "omni_requests_refused_total{graph=demo,reason=queue_full}": 1,
+        "omni_requests_total{graph=demo,kind=job,outcome=failed}": 1,
+        "omni_requests_total{graph=demo,kind=job,outcome=aborted}": 2,
+        "omni_aborts_total{graph=demo}": 2,
         "omni_restarts_total{graph=demo}": 1,
     }
     assert {name: found.get(name) for name in expected} == expected
+    refused = {name: value for name, value in found.items() if name.startswith("omni_requests_refused_total")}
+    assert refused == {"omni_requests_refused_total{graph=demo,reason=QueueFull}": 1}
 
 
 def test_loading_is_noted_when_it_is_done(metrics: Metrics) -> None:
-    listener = MetricsListener(metrics)
-    listener.loaded("demo", LoadProgress(stage="draw", component="vae", done_bytes=1, total_bytes=2))
+    observer = MetricsObserver(metrics, ["demo"])
+    observer.loaded("demo", LoadProgress(stage="draw", component="vae", done_bytes=1, total_bytes=2))
     assert not any(name.startswith("omni_stage_load") for name in samples(metrics))
     ready = LoadProgress(
         stage="draw",
@@ -130,28 +131,47 @@ def test_loading_is_noted_when_it_is_done(metrics: Metrics) -> None:
         peak_device_bytes=10,
         peak_host_bytes=20,
     )
-    listener.loaded("demo", ready)
+    observer.loaded("demo", ready)
     found = samples(metrics)
     assert found["omni_stage_load_seconds{graph=demo,stage=draw}"] == 2.5
     assert found["omni_stage_peak_device_bytes{graph=demo,stage=draw}"] == 10
     assert found["omni_stage_peak_host_bytes{graph=demo,stage=draw}"] == 20
 
 
-def test_what_is_asked_for_at_each_scrape(metrics: Metrics) -> None:
-    jobs = {("demo", "done"): 3}
-    metrics.watch_jobs(lambda: jobs)
-    metrics.watch_loads(lambda: {"demo": GraphLoad(num_queued=5, num_running=4)})
+def test_the_load_is_read_at_each_scrape(metrics: Metrics) -> None:
+    graphs = {"demo": GraphLoad(num_queued=5, num_running=4)}
+    metrics.watch(lambda: Load(graphs, num_listeners=2, num_events=70))
     found = samples(metrics)
-    assert found["omni_jobs{graph=demo,state=done}"] == 3
     assert found["omni_queue_length{graph=demo}"] == 5
     assert found["omni_requests_running{graph=demo}"] == 4
-    jobs[("demo", "done")] = 4
-    assert samples(metrics)["omni_jobs{graph=demo,state=done}"] == 4
+    assert found["omni_event_listeners{}"] == 2
+    assert found["omni_job_events_total{}"] == 70
+    graphs["demo"] = GraphLoad(num_queued=0, num_running=1)
+    assert samples(metrics)["omni_queue_length{graph=demo}"] == 0
+
+
+async def test_jobs_are_counted_at_each_scrape_while_the_store_answers(metrics: Metrics) -> None:
+    answers = iter([{("demo", "queued"): 3, ("demo", "done"): 1}, {("demo", "done"): 4}, None])
+
+    async def count() -> dict[tuple[str, str], int]:
+        answer = next(answers)
+        if answer is None:
+            raise StoreError("away")
+        return answer
+
+    app = FastAPI()
+    app.include_router(build_router(metrics, count))
+    expected = [{"queued": 3.0, "done": 1.0}, {"done": 4.0}, {}]
+    for states in expected:
+        answer = await ask(app, "GET", "/metrics")
+        assert answer.status_code == 200
+        found = samples(metrics)
+        jobs = {name: value for name, value in found.items() if name.startswith("omni_jobs")}
+        assert jobs == {f"omni_jobs{{graph=demo,state={state}}}": number for state, number in states.items()}
 
 
 def test_names_have_the_prefix_and_a_unit(metrics: Metrics) -> None:
-    metrics.watch_jobs(dict)
-    metrics.watch_loads(dict)
+    metrics.watch(lambda: Load({}, 0, 0))
     text, _ = metrics.render()
     names = re.findall(r"^# TYPE (\S+)", text.decode(), re.MULTILINE)
     ours = [name for name in names if not name.startswith(("python_", "process_")) and not name.endswith("_created")]
@@ -212,6 +232,6 @@ async def test_a_client_that_left_is_told_from_an_answer(metrics: Metrics) -> No
 
 def test_two_apps_share_nothing() -> None:
     one, other = Metrics(), Metrics()
-    MetricsListener(one).observe("demo", Aborted(request_id="a"))
+    MetricsObserver(one, ["demo"]).finished("a", "demo", "job", "aborted", 1.0)
     assert "omni_aborts_total{graph=demo}" in samples(one)
     assert "omni_aborts_total{graph=demo}" not in samples(other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import subprocess
 import sys
 
@@ -28,6 +30,7 @@ EVENTS: tuple[Event, ...] = (
     StageFinished(request_id="a", stage="draw", seconds=1.5, bytes=99),
 )
 DONE = Done(request_id="a", outputs={}, seconds=1.8)
+WAITED = 0.25
 
 
 @pytest.fixture
@@ -56,15 +59,28 @@ def id_of(span: ReadableSpan) -> str:
     return f"{span.context.span_id:016x}"
 
 
+def play(tracing: Tracing, events: tuple[Event, ...], outcome: str, request_id: str = "a") -> None:
+    """What the service tells of one request after its acceptance."""
+    tracing.started(request_id, "demo", "image", WAITED)
+    for event in events:
+        tracing.event(request_id, "demo", event)
+    tracing.finished(request_id, "demo", "image", outcome, 1.0)
+
+
+def seconds_of(span: ReadableSpan) -> float:
+    return ((span.end_time or 0) - (span.start_time or 0)) / 1e9
+
+
 async def call(tracing: Tracing, path: str, events: tuple[Event, ...] = (), **headers: str) -> None:
-    """One HTTP call of an app whose handler sees `events`."""
+    """One HTTP call of an app, whose request has these events."""
     app = FastAPI(telemetry=telemetry_of(tracing))
 
     @app.post("/v1/things/{thing}")
     async def make(thing: str) -> str:
-        for event in events:
-            tracing.observe("demo", event)
-        return tracing.current()
+        if events:
+            tracing.accepted("a", "demo", "image")
+            await asyncio.create_task(asyncio.to_thread(play, tracing, events, "done"), context=contextvars.Context())
+        return thing
 
     @app.post("/v1/broken")
     async def broken() -> None:
@@ -81,6 +97,7 @@ async def test_a_call_has_spans_of_its_request_stages_and_hops(tracing: Tracing,
     assert set(found) == {
         "POST /v1/things/{thing}",
         "request demo",
+        "wait",
         "stage rewrite",
         "stage draw",
         "hop rewrite to draw",
@@ -88,7 +105,7 @@ async def test_a_call_has_spans_of_its_request_stages_and_hops(tracing: Tracing,
     assert {f"{span.context.trace_id:032x}" for span in found.values()} == {TRACE}
     http, request = found["POST /v1/things/{thing}"], found["request demo"]
     assert (parent_of(http), parent_of(request)) == (PARENT, id_of(http))
-    for name in ("stage rewrite", "stage draw", "hop rewrite to draw"):
+    for name in ("wait", "stage rewrite", "stage draw", "hop rewrite to draw"):
         assert parent_of(found[name]) == id_of(request)
     assert http.kind is SpanKind.SERVER
     facts = {"http.request.method": "POST", "http.route": "/v1/things/{thing}", "http.response.status_code": 200}
@@ -96,10 +113,12 @@ async def test_a_call_has_spans_of_its_request_stages_and_hops(tracing: Tracing,
     assert dict(request.attributes or {}) == {
         "omni.graph": "demo",
         "omni.request_id": "a",
+        "omni.kind": "image",
         "omni.outcome": "done",
     }
-    stage = found["stage draw"]
-    assert ((stage.end_time or 0) - (stage.start_time or 0)) / 1e9 == pytest.approx(1.5)
+    assert seconds_of(found["stage draw"]) == pytest.approx(1.5)
+    assert seconds_of(found["wait"]) == pytest.approx(WAITED)
+    assert request.start_time == found["wait"].start_time
 
 
 async def test_a_call_without_traceparent_begins_a_trace(tracing: Tracing, spans: InMemorySpanExporter) -> None:
@@ -118,35 +137,37 @@ async def test_faults_of_ours_are_errors_and_other_paths_have_no_span(
     assert (span.name, span.status.status_code) == ("POST /v1/broken", StatusCode.ERROR)
 
 
-def test_a_job_s_spans_go_below_the_call_that_made_it(tracing: Tracing, spans: InMemorySpanExporter) -> None:
-    tracing.adopt("a", TRACEPARENT)
-    tracing.adopt("b", "")
-    for request_id in ("a", "b"):
-        tracing.observe("demo", Queued(request_id=request_id))
-        tracing.observe("demo", Done(request_id=request_id, outputs={}))
-    one, other = spans.get_finished_spans()
-    assert (parent_of(one), other.parent) == (PARENT, None)
+def test_a_job_whose_call_is_long_gone_begins_a_trace(tracing: Tracing, spans: InMemorySpanExporter) -> None:
+    play(tracing, (DONE,), "done")
+    assert by_name(spans)["request demo"].parent is None
+    tracing.event("gone", "demo", DONE)
+    tracing.finished("gone", "demo", "job", "lost", 0.0)
+    assert len(spans.get_finished_spans()) == 2, "nothing is told of what was never started"
 
 
 @pytest.mark.parametrize(
-    ("final", "status", "attribute"),
+    ("final", "status", "outcome"),
     [
         (Failed(request_id="a", error=StageError("draw", "out of paint")), StatusCode.ERROR, "failed"),
         (Aborted(request_id="a", reason="the client left"), StatusCode.UNSET, "aborted"),
+        (None, StatusCode.UNSET, "aborted"),
     ],
 )
 def test_stages_that_did_not_finish_have_spans_too(
-    tracing: Tracing, spans: InMemorySpanExporter, final: Failed | Aborted, status: StatusCode, attribute: str
+    tracing: Tracing, spans: InMemorySpanExporter, final: Event | None, status: StatusCode, outcome: str
 ) -> None:
-    for event in (*EVENTS[:-1], final):
-        tracing.observe("demo", event)
+    play(tracing, (*EVENTS[:-1], *((final,) if final else ())), outcome)
     found = by_name(spans)
     assert found["request demo"].status.status_code is status
-    assert (found["request demo"].attributes or {})["omni.outcome"] == attribute
+    assert (found["request demo"].attributes or {})["omni.outcome"] == outcome
     assert (found["stage draw"].attributes or {})["omni.finished"] is False
-    tracing.observe("demo", Queued(request_id="a"))  # nothing is left of the first
-    tracing.observe("demo", Done(request_id="a", outputs={}))
-    assert len([span for span in spans.get_finished_spans() if span.name == "request demo"]) == 2
+
+
+def test_calls_of_requests_that_never_run_are_forgotten(tracing: Tracing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.server.tracing.MAX_WAITING", 3)
+    for number in range(10):
+        tracing.accepted(f"job_{number}", "demo", "job")
+    assert list(tracing._parents) == ["job_7", "job_8", "job_9"]
 
 
 @pytest.mark.parametrize(
@@ -177,11 +198,11 @@ def test_the_environment_configures_an_exporter() -> None:
     code = """
 import sys
 import omni.server.metrics, omni.server.tracing
-from omni.messages import Done
 assert omni.server.tracing.build_tracing({}) is None
 assert not [name for name in sys.modules if name.startswith("opentelemetry.sdk")], "FastAPI has the rest"
 tracing = omni.server.tracing.build_tracing({"OTEL_TRACES_EXPORTER": "console"})
-tracing.observe("demo", Done(request_id="a", outputs={}))
+tracing.started("a", "demo", "job", 0.0)
+tracing.finished("a", "demo", "job", "done", 0.0)
 tracing.stop()
 assert not {"torch", "ray", "diffusers"} & set(sys.modules)
 """
