@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from omni.server.fair_queue import Entry, FairQueue
 from omni.server.jobs import Draining, QueueFull
@@ -29,7 +29,7 @@ class Dispatcher:
         self._started_at: dict[str, tuple[str, float]] = {}
         self._run_seconds = dict.fromkeys(graphs, FIRST_GUESS_SECONDS)
         self._reserved: Counter[tuple[str, str]] = Counter()
-        self._waiters: set[asyncio.Future[None]] = set()
+        self.turns: set[Turn] = set()
         self._empty = asyncio.Event()
         self._empty.set()
         self.draining = False
@@ -94,26 +94,14 @@ class Dispatcher:
         self._note_empty()
         self._pump()
 
-    @contextlib.asynccontextmanager
-    async def turn(self, entry: Entry) -> AsyncIterator[None]:
-        """Wait for the entry's turn; the block is its run. Raises Draining when the server stops first."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(future)
-        self.enter(entry, lambda: None if future.done() else future.set_result(None))
-        try:
-            if not future.done():
-                await future
-            yield
-        finally:
-            self._waiters.discard(future)
-            if not self.withdraw(entry.id):
-                self.leave(entry.id)
+    def join(self, entry: Entry) -> Turn:
+        """Let an entry wait; see Turn."""
+        return Turn(self, entry)
 
     def refuse_waiting(self) -> None:
-        """Let every `turn` that still waits raise Draining."""
-        for future in self._waiters:
-            if not future.done():
-                future.set_exception(Draining("the server is stopping; send the request again"))
+        """Let every Turn that still waits raise Draining."""
+        for turn in list(self.turns):
+            turn.refuse()
 
     async def empty(self) -> None:
         """Until nothing waits and nothing runs."""
@@ -127,3 +115,35 @@ class Dispatcher:
     def _note_empty(self) -> None:
         if not self._starts and not self._started_at:
             self._empty.set()
+
+
+class Turn:
+    """A request's place in the queue, then its run. Ends with `leave`, whatever has happened."""
+
+    def __init__(self, dispatcher: Dispatcher, entry: Entry) -> None:
+        self._dispatcher = dispatcher
+        self._entry = entry
+        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        dispatcher.turns.add(self)
+        dispatcher.enter(entry, self._begin)
+
+    async def wait(self) -> None:
+        """Until it may run. Raises Draining when the server stops first."""
+        await self._future
+
+    def leave(self) -> None:
+        """Give up the place, or end the run."""
+        self._dispatcher.turns.discard(self)
+        if not self._dispatcher.withdraw(self._entry.id):
+            self._dispatcher.leave(self._entry.id)
+        if self._future.done() and not self._future.cancelled():
+            self._future.exception()  # refused, but nobody waited
+
+    def refuse(self) -> None:
+        """Let `wait` raise Draining, if it still waits."""
+        if not self._future.done():
+            self._future.set_exception(Draining("the server is stopping; send the request again"))
+
+    def _begin(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)

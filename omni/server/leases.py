@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, literal, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from omni.server.jobs import JobEvent
@@ -72,7 +73,7 @@ class Lease:
 
     def _now(self) -> ColumnElement[float]:
         """By the database's clock, where servers may be on several hosts."""
-        return func.extract("epoch", func.clock_timestamp()) if self._postgres else func.unixepoch("now", "subsec")
+        return func.extract("epoch", func.clock_timestamp()) if self._postgres else literal(time.time())
 
     def _beat(self, connection: Connection) -> None:
         statement = update(SERVERS).where(SERVERS.c.id == self.server_id).values(heartbeat_at=self._now())

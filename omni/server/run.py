@@ -20,7 +20,7 @@ from omni.server.jobs import Job, JobError, JobState, OutputFile
 from omni.server.observer import Observer
 from omni.server.recorder import Recorder
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import Draft, Fence, JobStore, to_json
+from omni.server.store import Draft, Fence, JobStore, Waiting, to_json
 from omni.server.translate import Translator, job_error, output_data
 from omni.server.values import read_inputs, sounds_of, store_outputs
 
@@ -42,12 +42,14 @@ class RunContext(msgspec.Struct, frozen=True):
 class JobRun:
     """Runs a job that waits, if this server gets it."""
 
-    def __init__(self, context: RunContext, omni: AsyncOmni, job_id: str, owner: str, entered_at: float) -> None:
+    def __init__(self, context: RunContext, omni: AsyncOmni, waiting: Waiting, owner: str, entered_at: float) -> None:
         self._context = context
         self._omni = omni
         self._owner = owner
         self._entered_at = entered_at
-        self.job_id = job_id
+        self.job_id = waiting.id
+        self._waiting = waiting
+        self.is_claimed = False
         self._wish: Wish | None = None
         self._reason = ""
         self._request_id = ""
@@ -62,30 +64,33 @@ class JobRun:
 
     async def run(self) -> None:
         """Until the job is over for this server. Raises nothing but cancellation."""
+        context, waiting, began = self._context, self._waiting, time.monotonic()
+        outcome = "lost"
         try:
-            job = await self._context.store.claim(self.job_id, self._owner)
+            job = await context.store.claim(self.job_id, self._owner)
             if job is not None:
-                await self._run_claimed(job)
-        except OmniError as error:
-            log.warning("job %s: %s", self.job_id, error)  # it is still ours, so that upkeep puts it back
+                self.is_claimed = True
+                context.observer.started(waiting.id, waiting.graph, waiting.kind, began - self._entered_at)
+                outcome = await self._run_claimed(job)
+        except OmniError as error:  # the job is still ours in the store: upkeep puts it back into the queue
+            log.warning("job %s: %s", self.job_id, error)
+        finally:
+            seconds = time.monotonic() - began
+            context.observer.finished(waiting.id, waiting.graph, waiting.kind, outcome, seconds)
 
-    async def _run_claimed(self, job: Job) -> None:
-        context, began = self._context, time.monotonic()
+    async def _run_claimed(self, job: Job) -> str:
+        context = self._context
         fence = Fence(job.id, self._owner, job.attempt)
         recorder = Recorder(
             context.store, context.hub, fence, context.settings.max_events, lambda: self.end("lose", "")
         )
-        context.observer.started(job.id, job.graph, job.kind, began - self._entered_at)
-        outcome = "lost"
         try:
-            outcome = await self._attempt(job, recorder)
-        except (OmniError, asyncio.CancelledError):
+            return await self._attempt(job, recorder)
+        except OmniError:
             raise
         except Exception as error:  # the job's edge: whatever goes wrong, it gets its end
             log.exception("job %s", job.id)
-            outcome = await self._fail(recorder, JobError(cause=one_line(error), code="internal"))
-        finally:
-            context.observer.finished(job.id, job.graph, job.kind, outcome, time.monotonic() - began)
+            return await self._fail(recorder, JobError(cause=one_line(error), code="internal"))
 
     async def _attempt(self, job: Job, recorder: Recorder) -> str:
         try:
@@ -125,7 +130,7 @@ class JobRun:
                     self._request_id = request.id
                     if self._wish is not None:
                         self._abort_request()
-                self._context.observer.event(self.job_id, self._omni_name(request), event)
+                self._context.observer.event(self.job_id, self._waiting.graph, event)
                 if isinstance(event, StagePreview):
                     draft = await self._context.files.call(lambda preview=event: translator.translate(preview))
                 else:
