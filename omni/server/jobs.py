@@ -6,6 +6,7 @@ the store keeps and JSON can carry.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from typing import Any, Literal, get_args
@@ -33,6 +34,9 @@ EventType = Literal[
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 FINAL_EVENTS = FINAL_STATES
 """Types of the event that ends a job; each bears the name of the job's state from then on."""
+
+
+JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

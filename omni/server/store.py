@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Row
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import ColumnElement
 
 from omni.server.jobs import FINAL_STATES, EventType, Job, JobError, JobEvent, JobState, OutputFile, StoreError
-from omni.server.tables import EVENTS, JOBS, connect, plain
+from omni.server.tables import EVENTS, JOBS, SERVERS, connect, plain
 from omni.server.writer import Work, Writer
 
 T = TypeVar("T")
@@ -64,6 +64,7 @@ class Waiting(NamedTuple):
     priority: int
     created_at: float
     deaths: int
+    kind: str
 
 
 class JobStore:
@@ -212,10 +213,10 @@ class JobStore:
         return [Waiting(*row) for row in rows]
 
     async def claim(self, job_id: str, owner: str) -> Job | None:
-        """Take a queued job. None when another server was quicker, or it was aborted."""
+        """Take a queued job. None when another server was quicker, it was aborted, or others took the owner for dead."""
         statement = (
             update(JOBS)
-            .where(JOBS.c.id == job_id, JOBS.c.state == "queued")
+            .where(JOBS.c.id == job_id, JOBS.c.state == "queued", exists().where(SERVERS.c.id == owner))
             .values(state="running", owner=owner, started_at=time.time(), progress=0.0, abort_reason=None)
             .returning(*_JOB_COLUMNS)
         )
