@@ -50,6 +50,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Size of one part that is no file; a data URL may be one."""
     max_json_depth: int = 32
     """Brackets inside brackets in a JSON body."""
+    max_json_items: int = 100_000
+    """Values in a JSON body, counted by its commas and opening brackets."""
     allow_unknown_fields: bool = False
     """Ignore fields that no graph input and no known parameter is named like, instead of refusing them."""
 
