@@ -247,6 +247,12 @@ class AsyncOmni:
         """Abort a running request. False when there is none of that id."""
         return self._runner is not None and await self._runner.abort(request_id)
 
+    async def check(self, seconds: float = 5.0) -> dict[str, str]:
+        """Stages that cannot take requests, or do not answer within `seconds` -> why; empty when all is well."""
+        if self._runner is None:
+            return dict.fromkeys(self.graph.order, "it is not loaded")
+        return await self._runner.check(seconds)
+
     def _with_lists(self, event: Event) -> Event:
         """Image outputs are always lists, whether the stage gave one or several."""
         if not isinstance(event, Done):
@@ -269,7 +275,7 @@ def make_plan(graph: Graph, hardware: str | Hardware | None = None, runner: Runn
     return plan_graph(graph, hardware, gather_facts(graph), runner)
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
+def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where there is one (not on Windows): it wakes up quicker, and so do small hops."""
     try:
         import uvloop
@@ -333,7 +339,7 @@ class Omni:
     def _start(self) -> None:
         if self._loop is not None:
             return
-        self._loop = _new_loop()
+        self._loop = new_loop()
         self._thread = threading.Thread(target=_serve, args=(self._loop,), name="omni-loop", daemon=True)
         self._thread.start()
         try:

@@ -134,7 +134,9 @@ PARAMETERS = (
         description="How much an input picture may change.",
         apis=SEEN,
     ),
-    Parameter(names=("quality",), inputs=("quality",), type=str, description="As named.", apis=("image",), ignored=True),
+    Parameter(
+        names=("quality",), inputs=("quality",), type=str, description="As named.", apis=("image",), ignored=True
+    ),
     Parameter(names=("style",), inputs=("style",), type=str, description="As named.", apis=("image",), ignored=True),
     Parameter(
         names=("input_fidelity",),
