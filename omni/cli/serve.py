@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     much = parser.add_argument_group("how much")
     much.add_argument(
-        "--max-running", metavar="N", type=int, default=4, help="requests of a graph at once (default: 4)"
+        "--max-running", metavar="N", type=int, default=4, help="of a graph at once (default: 4)"
     )
     much.add_argument("--max-queued", metavar="N", type=int, default=256, help="requests that wait (default: 256)")
     much.add_argument("--max-running-per-key", metavar="N", type=int, help="requests of one API key at once")
@@ -260,5 +260,5 @@ def _set_up_logs(verbose: bool) -> None:
     import logging
 
     logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
     )

@@ -18,8 +18,8 @@ SYSTEM_ROLES = ("system", "developer")
 def chat_inputs(graph: Graph, messages: Sequence[ChatMessage], gives_text: bool) -> tuple[dict[str, Any], list[str]]:
     """Raw inputs, and the addresses of the last user message's pictures. Raises ApiError.
 
-    A graph with an input `messages` gets all of them. Otherwise the last user message is the prompt, after what was said
-    before it when the graph answers in text; system messages go to the input `system`, or before the prompt.
+    A graph with an input `messages` gets all of them. Otherwise the last user message is the prompt, after what was
+    said before it when the graph answers in text; system messages go to the input `system`, or before the prompt.
     """
     asked = [message for message in messages if message.role == "user"]
     if not asked:

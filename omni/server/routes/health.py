@@ -31,7 +31,7 @@ class Ready(Answer, frozen=True, kw_only=True, omit_defaults=False):
 class NotReady(ErrorAnswer, frozen=True, kw_only=True):
     """GET /ready when something is wrong, with every stage that does not answer."""
 
-    stages: dict[str, str] = {}
+    stages: dict[str, str]
     """`GRAPH.STAGE` -> why it cannot take requests."""
 
 
