@@ -15,6 +15,7 @@ LAYERS = (
     ("omni.cli",),
     ("omni.bench",),
     ("omni.models",),
+    ("omni.server",),
     ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe", "omni.load_flags"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
@@ -57,7 +58,7 @@ LAYERS = (
 HEAVY = ("torch", "ray", "fastapi", "diffusers", "transformers", "accelerate", "uvicorn")
 LIGHT_FROM = "omni.plan"
 """This layer and all below never import HEAVY, not even inside a function."""
-QUICK_TO_IMPORT = ("omni", "omni.api", "omni.cli", "stages.diffusion", "stages.llm", "stages.function")
+QUICK_TO_IMPORT = ("omni", "omni.api", "omni.cli", "omni.server.service", "stages.diffusion", "stages.llm", "stages.function")
 """Importing these must not pull HEAVY in; inside functions they may."""
 WITHOUT_RAY = ("omni.runner.inline",)
 """Neither these nor anything they reach, lazily or not, imports Ray."""

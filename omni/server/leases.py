@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sqlalchemy import Connection, delete, func, insert, literal, select, update
 from sqlalchemy.sql.elements import ColumnElement
@@ -71,7 +71,7 @@ class Lease:
                 (self._locks / server).unlink(missing_ok=True)
         return events
 
-    def _now(self) -> ColumnElement[float]:
+    def _now(self) -> ColumnElement[Any]:
         """By the database's clock, where servers may be on several hosts."""
         return func.extract("epoch", func.clock_timestamp()) if self._postgres else literal(time.time())
 

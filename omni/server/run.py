@@ -94,7 +94,7 @@ class JobRun:
 
     async def _attempt(self, job: Job, recorder: Recorder) -> str:
         try:
-            inputs = await self._context.files.call(lambda: read_inputs(self._context.files, job.inputs))
+            inputs = await self._context.files.call(read_inputs, self._context.files, job.inputs)
             preview_every = job.meta.get("preview_every", 0)
             request = build_request(
                 self._omni.graph, inputs, job.seed, f"{job.id}-{job.attempt}", preview_every=preview_every
@@ -132,7 +132,7 @@ class JobRun:
                         self._abort_request()
                 self._context.observer.event(self.job_id, self._waiting.graph, event)
                 if isinstance(event, StagePreview):
-                    draft = await self._context.files.call(lambda preview=event: translator.translate(preview))
+                    draft = await self._context.files.call(translator.translate, event)
                 else:
                     draft = translator.translate(event)
                 if draft is not None:
@@ -152,14 +152,14 @@ class JobRun:
         files, job_id = self._context.files, self.job_id
         sounds = sounds_of(self._omni.graph)
         try:
-            outputs = await files.call(lambda: store_outputs(files, job_id, final.outputs, sounds))
+            outputs = await files.call(store_outputs, files, job_id, final.outputs, sounds)
         except UsageError as error:
             return await self._fail(recorder, JobError(cause=str(error), code="output_failed"))
         drafts = [Draft("output", output_data(job_id, output)) for output in outputs]
         drafts.append(Draft("done", {"seconds": final.seconds}))
         outcome = await self._finish(recorder, "done", drafts, outputs=outputs)
         if outcome == "lost":
-            await files.call(lambda: files.remove([output.blob for output in outputs if output.blob]))
+            await files.call(files.remove, [output.blob for output in outputs if output.blob])
         return outcome
 
     async def _fail(self, recorder: Recorder, error: JobError) -> str:

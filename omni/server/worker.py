@@ -57,7 +57,7 @@ class Worker:
         self._lease = Lease(
             self._context.store,
             self._context.settings,
-            lambda: loop.call_soon_threadsafe(self._note_lost),
+            lambda: _call_soon(loop, self._note_lost),
         )
         await self._lease.begin()
         await self._look()
@@ -202,3 +202,8 @@ class Worker:
         log.warning("server %s did not answer in time and was taken for dead; its jobs run again", lease.server_id)
         await lease.begin()
         self._lost = False
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed
+        loop.call_soon_threadsafe(work)
