@@ -58,7 +58,15 @@ LAYERS = (
 HEAVY = ("torch", "ray", "fastapi", "diffusers", "transformers", "accelerate", "uvicorn")
 LIGHT_FROM = "omni.plan"
 """This layer and all below never import HEAVY, not even inside a function."""
-QUICK_TO_IMPORT = ("omni", "omni.api", "omni.cli", "omni.server.service", "stages.diffusion", "stages.llm", "stages.function")
+QUICK_TO_IMPORT = (
+    "omni",
+    "omni.api",
+    "omni.cli",
+    "omni.server.service",
+    "stages.diffusion",
+    "stages.llm",
+    "stages.function",
+)
 """Importing these must not pull HEAVY in; inside functions they may."""
 WITHOUT_RAY = ("omni.runner.inline",)
 """Neither these nor anything they reach, lazily or not, imports Ray."""
