@@ -28,6 +28,7 @@ BROAD_EXCEPTS = {
     "omni/runner/process.py:abort": "the same edge for an abort, so that the run is given up after its grace",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",
     "omni/server/run.py:_run_claimed": "a stored job's edge: whatever goes wrong, the job gets its end",
+    "omni/server/worker.py:_repeat": "the edge of upkeep: the fault is logged, and the next round comes",
     "omni/server/writer.py:_commit": "a fault in a group of writes: each is tried again by itself",
     "omni/server/writer.py:_commit_one": "hands whatever a write raised to its caller, who raises it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",

@@ -200,7 +200,7 @@ class Service:
         return self._events(job_id, after)
 
     def _events(self, job_id: str, after: int = 0) -> AsyncGenerator[JobEvent, None]:
-        return follow(self.store, self._hub, job_id, after, self.settings.poll_seconds)
+        return follow(self.store, self._hub, job_id, after)
 
     async def open_output(self, job_id: str, name: str, index: int = 0) -> tuple[OutputFile, Path | bytes] | None:
         """One value of a job's output: what it is, and its local path or its bytes. None when there is none such."""

@@ -175,6 +175,12 @@ class JobStore:
             for row in rows
         ]
 
+    async def positions(self, job_ids: Iterable[str]) -> dict[str, int]:
+        """Job -> number of its last event; without jobs that are gone."""
+        statement = select(JOBS.c.id, JOBS.c.last_sequence).where(JOBS.c.id.in_(list(job_ids)))
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return {row.id: row.last_sequence for row in rows}
+
     async def abort_queued(self, job_id: str, reason: str) -> list[JobEvent] | None:
         """Abort a job that waits."""
         now = time.time()

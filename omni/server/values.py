@@ -238,7 +238,10 @@ def _store_output(files: FileStore, job_id: str, place: OutputPlace, item: Any, 
             path.write_bytes(content)
         else:
             sound = track if track is not None and len(track.samples) <= 2 else None
-            write_output(item, path, sound=sound)
+            try:
+                write_output(item, path, sound=sound)
+            except UsageError as error:  # clients do not learn where files lie
+                raise UsageError(str(error).replace(str(path), f"output '{place.name}'")) from error
         size = path.stat().st_size
     return msgspec.structs.replace(output, blob=blob, bytes=size)
 

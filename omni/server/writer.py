@@ -109,11 +109,11 @@ class Writer:
         try:
             self._transact(writes)
         except Exception:
+            deadline = time.monotonic() + self._retry_seconds
             for write in writes:
-                self._commit_one(write)
+                self._commit_one(write, deadline)
 
-    def _commit_one(self, write: _Write) -> None:
-        deadline = time.monotonic() + self._retry_seconds
+    def _commit_one(self, write: _Write, deadline: float) -> None:
         pause = RETRY_SECONDS
         while True:
             try:
