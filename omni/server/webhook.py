@@ -117,7 +117,9 @@ class Webhooks:
     async def _post(self, job: Job, address: str) -> bool:
         """Whether the other side took it."""
         assert self._check_address is not None
-        body = msgspec.json.encode({"type": f"job.{job.state}", "created_at": job.finished_at, "data": self._render_job(job)})
+        body = msgspec.json.encode(
+            {"type": f"job.{job.state}", "created_at": job.finished_at, "data": self._render_job(job)}
+        )
         timestamp = int(time.time())
         headers = {"content-type": "application/json", "webhook-id": job.id, "webhook-timestamp": str(timestamp)}
         if self._settings.webhook_secret:
