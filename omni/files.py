@@ -57,6 +57,13 @@ def kind_of(value: object) -> str:
     return "tensor" if is_tensor(value) or is_array(value) else "json"
 
 
+def items_of(value: Any) -> list[Any]:
+    """The single values of an output: lists of media or text are taken apart, JSON stays whole."""
+    if isinstance(value, list) and value and all(kind_of(item) != "json" or isinstance(item, list) for item in value):
+        return [leaf for item in value for leaf in items_of(item)]
+    return [value]
+
+
 # Reading ----------------------------------------------------------------------------------------------------------
 
 

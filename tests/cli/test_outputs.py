@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from omni.cli.outputs import OutputPlan, items_of, plan_outputs
+from omni.cli.outputs import OutputPlan, plan_outputs
+from omni.files import items_of
 from omni.errors import UsageError
 from omni.files import read_media
 from omni.graph import Graph
