@@ -93,9 +93,10 @@ async def test_waiting_for_the_client_to_leave_has_no_deadline() -> None:
     sent = []
 
     async def receive() -> Any:
-        with contextlib.suppress(StopIteration):
-            return next(messages)
-        await left.wait()
+        message = next(messages, None)
+        if message is None:
+            await left.wait()
+        return message
 
     async def send(message: Any) -> None:
         sent.append(message)

@@ -35,6 +35,9 @@ SMALL = ServerSettings(
 )
 
 
+NO_FILE = "input 'photo' must be a data URL, an http(s) URL or an upload; no file of the server is opened"
+
+
 def data_url(data: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
@@ -80,7 +83,7 @@ def test_any_text_is_a_data_url_or_an_input_error(text: str) -> None:
         ("data:;base64,ab-_", "input 'photo' is a data URL whose base64 is broken: Only base64 data is allowed"),
         (
             "data:;base64,\u00e9\u00e9\u00e9\u00e9",
-            "input 'photo' is a data URL whose base64 is broken: string argument",
+            "input 'photo' is a data URL whose base64 is broken: string",
         ),
         ("data:;base64," + "A" * 200, "input 'photo' has more than 100 bytes, the limit of this server"),
     ],
@@ -260,7 +263,7 @@ async def test_sounds_are_decoded_in_a_process_of_their_own() -> None:
         (
             bombs.clip(codec="ffv1", form="matroska"),
             "video",
-            "input 'photo' is coded as ffv1, which is not read; H.264 and AAC",
+            "input 'photo' is coded as ffv1, which is not read; H.264",
         ),
         (bombs.sound(), "video", "input 'photo' has no video track"),
         (bombs.silence_bomb(100_000), "audio", "input 'photo' unpacks to more than 200000 bytes; shorten or shrink it"),
