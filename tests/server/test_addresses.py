@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 
 from omni.errors import InputError
 from omni.server import addresses
-from omni.server.addresses import AddressRules, GuardedTransport, check_url, fetch, is_public, open_addresses
+from omni.server.addresses import (
+    AddressRules,
+    GuardedTransport,
+    check_url,
+    checked_address,
+    fetch,
+    is_public,
+    open_addresses,
+)
 
 ANY = AddressRules(("*",))
 PRIVATE = "is on a private, local or reserved network"
@@ -106,6 +114,25 @@ async def test_a_name_without_an_address_is_told() -> None:
         await open_addresses("gone.test", 80, ANY, fail)
 
 
+async def test_a_webhooks_address_is_checked() -> None:
+    hooks = AddressRules(("hooks.test",), addresses.WEBHOOK_REMEDY)
+    assert await checked_address("https://hooks.test/a", hooks, resolver("8.8.8.8", "1.1.1.1")) == "8.8.8.8"
+    with pytest.raises(InputError, match=PRIVATE):
+        await checked_address("https://hooks.test/a", hooks, resolver("10.0.0.1"))
+    with pytest.raises(InputError, match=r"'other\.test' is not a host .*; start the server with --webhook-host HOST"):
+        await checked_address("https://other.test/a", hooks, resolver("8.8.8.8"))
+
+
+async def test_a_webhooks_host_is_looked_up_within_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(host: str, port: int) -> list[str]:
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(addresses, "CONNECT_SECONDS", 0.1)
+    with pytest.raises(InputError, match=r"'hooks\.test' could not be looked up within 0\.1 s"):
+        await checked_address("https://hooks.test/a", ANY, hang)
+
+
 # URLs --------------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +155,7 @@ def test_allowed_hosts(allowed: str, url: str) -> None:
 @pytest.mark.parametrize(
     ("allowed", "url", "message"),
     [
-        ("", "http://media.test/", "'media.test' is not a host that this server fetches from; start the server with"),
+        ("", "http://media.test/", "'media.test' is not a host that this server sends requests to; start the"),
         ("media.test", "http://other.test/", "'other.test' is not a host"),
         ("media.test", "http://evilmedia.test/", "'evilmedia.test' is not a host"),
         ("media.test", "http://media.test.evil.test/", "'media.test.evil.test' is not a host"),
@@ -136,10 +163,10 @@ def test_allowed_hosts(allowed: str, url: str) -> None:
         ("media.test", "https://media.test:80/", "'media.test:80' is not a host"),
         ("*.media.test", "http://media.test/", "'media.test' is not a host"),
         ("media.test:81", "http://media.test/", "'media.test' is not a host"),
-        ("*", "http://user:secret@media.test/", "a URL with a user name or password is not fetched"),
-        ("*", "http://media.test\\@evil.test/", "a URL with a user name or password is not fetched"),
-        ("*", "ftp://media.test/", "only http and https are fetched, not 'ftp'"),
-        ("*", "file:///etc/passwd", "only http and https are fetched, not 'file'"),
+        ("*", "http://user:secret@media.test/", "a URL with a user name or password is not allowed"),
+        ("*", "http://media.test\\@evil.test/", "a URL with a user name or password is not allowed"),
+        ("*", "ftp://media.test/", "only http and https are allowed, not 'ftp'"),
+        ("*", "file:///etc/passwd", "only http and https are allowed, not 'file'"),
         ("*", "gopher://media.test/", "not 'gopher'"),
         ("*", "//media.test/", "not ''"),
         ("*", "http:///a", "names no host"),
@@ -258,8 +285,8 @@ async def test_the_next_address_is_tried(site: Site) -> None:
         ("/redirect/other.test", "'other.test' is not a host"),
         ("/redirect/169.254.169.254", "'169.254.169.254' is not a host"),
         ("/redirect/127.0.0.1", "'127.0.0.1' is not a host"),
-        ("/redirect/user@media.test", "a URL with a user name or password is not fetched"),
-        ("/file", "only http and https are fetched, not 'file'"),
+        ("/redirect/user@media.test", "a URL with a user name or password is not allowed"),
+        ("/file", "only http and https are allowed, not 'file'"),
         ("/around", "leads on more than 3 times"),
         ("/gone", "it answers 404"),
         ("/packed", "is sent packed"),

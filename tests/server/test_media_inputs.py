@@ -131,8 +131,8 @@ async def test_several_pictures_come_as_a_list() -> None:
         (["data:;base64,"], "input 'photo[0]' is empty"),
         (b"", "input 'photo' is empty"),
         (b"x" * 100_001, "input 'photo' has more than 100000 bytes, the limit of this server"),
-        ("http://media.test/a.png", "'media.test' is not a host that this server fetches from; start the server with"),
-        ("HTTPS://169.254.169.254/", "'169.254.169.254' is not a host that this server fetches from; start the server"),
+        ("http://media.test/a.png", "'media.test' is not a host that this server sends requests to; start the"),
+        ("HTTPS://169.254.169.254/", "'169.254.169.254' is not a host that this server sends requests to; start"),
     ],
 )
 async def test_other_sources_are_refused(value: Any, message: str) -> None:
