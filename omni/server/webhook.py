@@ -144,6 +144,10 @@ class Webhooks:
     def _http(self) -> httpx.AsyncClient:
         if self._client is None:  # redirects are not followed, and proxies of the environment not used
             self._client = httpx.AsyncClient(
-                transport=self._transport, timeout=self._settings.webhook_seconds, trust_env=False
+                transport=self._transport,
+                timeout=self._settings.webhook_seconds,
+                trust_env=False,
+                # Connections are kept by IP address, and the certificate was checked for the name of the first use.
+                limits=httpx.Limits(max_keepalive_connections=0),
             )
         return self._client
