@@ -378,7 +378,9 @@ def _as_event(call: RunCall, item: StageItem) -> Event:
             return StagePreview(
                 request_id=call.request_id, stage=call.stage, step=step, num_steps=num_steps, image=image
             )
-    raise TypeError(f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Preview, Output")
+    raise TypeError(
+        f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Preview, Output"
+    )
 
 
 def timeout_error(stage: str, seconds: float) -> StageTimeoutError:
