@@ -142,11 +142,12 @@ def _decode_video(file: BinaryIO, where: str, limits: ReadLimits) -> Video:
         context = stream.codec_context
         _check_codec(context, where, limits)
         _check_size(context.width, context.height, where, limits)
-        context.options = {"max_pixels": str(limits.max_pixels)}  # for frames larger than the container says
+        context.options = _decoder_options(limits)
         stream.thread_type = "AUTO"
         meter = _Meter(where, limits)
         frames = []
         for frame in container.decode(stream):
+            _check_size(frame.width, frame.height, where, limits)  # may be more than the container says
             meter.add(frame.width * frame.height * 3, frames=1)
             picture = frame.to_ndarray(format="rgb24")
             frames.append(np.rot90(picture, frame.rotation // 90) if frame.rotation % 360 else picture)
@@ -182,6 +183,11 @@ def _and_end(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
     """All frames, and None, upon which a resampler gives what it still holds."""
     yield from frames
     yield None
+
+
+def _decoder_options(limits: ReadLimits) -> dict[str, str]:
+    """Bounds what a decoder allocates. Twice the limit: decoders pad frames, by much for small ones."""
+    return {"max_pixels": str(2 * limits.max_pixels + 2**16)}
 
 
 def _check_codec(context: av.CodecContext, where: str, limits: ReadLimits) -> None:
@@ -224,7 +230,7 @@ def _open_media(file: BinaryIO, where: str, limits: ReadLimits) -> Iterator[av.c
     options = {
         "format_whitelist": ",".join(MEDIA_FORMATS),
         "protocol_whitelist": "none",  # a container cannot make FFmpeg open anything else
-        "max_pixels": str(limits.max_pixels),
+        **_decoder_options(limits),
     }
     if limits.codecs:
         options["codec_whitelist"] = ",".join(limits.codecs)

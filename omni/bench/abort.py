@@ -13,7 +13,7 @@ import http.client
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,6 +32,8 @@ ALONE = 3
 """Requests that are left alone, to know a step's time."""
 LATEST = 0.8
 """Share of a request's time after which no connection is closed any more: it might be done."""
+MAX_TRIES = 5
+"""Requests for each abort that is to be made."""
 RUNNING = re.compile(r'^omni_requests_running\{graph="[^"]*"\} ([0-9.]+)', re.MULTILINE)
 STEP, DELETED, TOLD, CLOSED = "one step", "DELETE", "DELETE, until `aborted` was heard", "closed connection"
 
@@ -54,7 +56,7 @@ def measure(args: argparse.Namespace) -> Report:
     if args.repeat < 1:
         raise UsageError("--repeat must be at least 1")
     inputs = {"prompt": PROMPT, **parse_inputs(args.input)}
-    options = ["--runner", args.runner, *(part for text in args.set for part in ("--set", text))]
+    options = ["--runner", args.runner, "--max-running", "1", *(part for text in args.set for part in ("--set", text))]
     with started(args.graph, options) as server:
         api = choose_api(server, None, "auto", args.input, prompt=str(inputs["prompt"]))
         trials = Trials(server, api, inputs)
@@ -100,7 +102,7 @@ class Trials:
         """Abort by DELETE, `repeat` times; each request that waited is the next one to be aborted."""
         freed, told = self.seconds.setdefault(DELETED, []), self.seconds.setdefault(TOLD, [])
         job = self._submit()
-        while len(freed) < repeat:
+        for _ in self._tries(freed, repeat):
             waiting = self._submit()
             step = random.randint(1, max(self.num_steps - 1, 1))
             job.wait(lambda event, step=step: self._is_step(event, step))  # type: ignore[misc]
@@ -118,7 +120,7 @@ class Trials:
     def hang_up(self, repeat: int) -> None:
         """Abort by closing the connection of a synchronous call, `repeat` times."""
         freed = self.seconds.setdefault(CLOSED, [])
-        while len(freed) < repeat:
+        for _ in self._tries(freed, repeat):
             connection = http.client.HTTPConnection(self._server.host, self._server.port)
             connection.request("POST", self._api.path, self._api.body, self._server.headers)
             self._await_running(1)
@@ -132,6 +134,22 @@ class Trials:
             waiting.delete()
             waiting.wait_for_end()
             self._await_running(0)
+
+    def _tries(self, seconds: list[float], repeat: int) -> Iterator[None]:
+        """One turn for each abort that is to be made; some requests are over before."""
+        from omni.errors import OmniError
+
+        for _ in range(MAX_TRIES * repeat):
+            if len(seconds) == repeat:
+                return
+            yield
+        if len(seconds) < repeat:
+            raise OmniError(f"most requests were over before their abort; use a graph that takes longer ({self.words})")
+
+    @property
+    def words(self) -> str:
+        """The stage and its time, in words."""
+        return f"stage {self.stage}: {self.num_steps} steps in {self.stage_seconds * 1000:.0f} ms"
 
     def _submit(self) -> WatchedJob:
         from omni.bench.job_events import WatchedJob
@@ -189,7 +207,7 @@ def _report(args: argparse.Namespace, trials: Trials) -> Report:
     from omni.bench.report import Report, build_section, describe_machine
 
     notes = [
-        f"stage {trials.stage}: {trials.num_steps} steps in {trials.stage_seconds * 1000:.0f} ms",
+        trials.words,
         f"requests that did not end aborted: {trials.num_wrong or 'none'}",
     ]
     if CLOSED not in trials.seconds:

@@ -29,6 +29,8 @@ SAMPLE_SECONDS = 0.2
 ERROR_LINES = 5
 PROGRAM = "from omni.cli.main import entry; entry()"
 KEY_VARIABLE = "OMNI_API_KEY"
+KEYS_VARIABLE = "OMNI_API_KEYS"
+"""Keys of a server; the measured one has none."""
 
 
 class Server:
@@ -93,14 +95,14 @@ def started(graph: str, options: Sequence[str] = ()) -> Iterator[Server]:
     """
     with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder, open(f"{folder}/log", "w+b") as log:
         port = _free_port()
-        flags = ["--port", str(port), "--state-dir", f"{folder}/state", *options]
+        flags = ["--quiet", "--port", str(port), "--state-dir", f"{folder}/state", *options]
         paths = os.pathsep.join([os.getcwd(), *(path for path in sys.path if path)])
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, "serve", graph, *flags],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={name: value for name, value in os.environ.items() if name != KEYS_VARIABLE} | {"PYTHONPATH": paths},
         )
         try:
             server = Server("127.0.0.1", port, process.pid)

@@ -25,6 +25,7 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 """Looks up the addresses of a host, for a port. Raises OSError."""
 
 PORTS = {"http": 80, "https": 443}
+WEBHOOK_REMEDY = "start the server with --webhook-host HOST"
 MAX_REDIRECTS = 3
 MAX_ADDRESSES = 8
 """Addresses of one name that are tried."""
@@ -121,15 +122,15 @@ def check_url(url: str, rules: AddressRules) -> httpx.URL:
 
 def _check_parts(url: httpx.URL, rules: AddressRules) -> None:
     if url.scheme not in PORTS:
-        raise InputError(f"{_quote(str(url))}: only http and https are fetched, not '{url.scheme[:20]}'")
+        raise InputError(f"{_quote(str(url))}: only http and https are allowed, not '{url.scheme[:20]}'")
     if url.userinfo:
-        raise InputError(f"{_quote(url.host)}: a URL with a user name or password is not fetched")
+        raise InputError(f"{_quote(url.host)}: a URL with a user name or password is not allowed")
     host = _host_of(url)
     if not host:
         raise InputError(f"{_quote(str(url))} names no host")
     if not rules.allows(url.scheme, host, _port_of(url)):
         port = "" if url.port is None else f":{url.port}"
-        raise InputError(f"'{host[:100]}{port}' is not a host that this server fetches from; {rules.remedy}")
+        raise InputError(f"'{host[:100]}{port}' is not a host that this server sends requests to; {rules.remedy}")
 
 
 def _host_of(url: httpx.URL) -> str:
@@ -163,8 +164,18 @@ async def open_addresses(host: str, port: int, rules: AddressRules, resolve: Res
         raise InputError(f"'{host[:100]}' has no address")
     # One closed address closes the name: no public service has both, and a name made to attack may.
     if not all(rules.is_open(address) for address in addresses):
-        raise InputError(f"'{host[:100]}' is on a private, local or reserved network; nothing is fetched from there")
+        raise InputError(f"'{host[:100]}' is on a private, local or reserved network; no request is sent there")
     return found[:MAX_ADDRESSES]
+
+
+async def checked_address(url: str, rules: AddressRules, resolve: Resolver = look_up) -> str:
+    """The IP address that a request for `url` may be sent to. Raises InputError."""
+    parsed = check_url(url, rules)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return (await open_addresses(_host_of(parsed), _port_of(parsed), rules, resolve))[0]
+    except TimeoutError as error:
+        raise InputError(f"'{_host_of(parsed)[:100]}' could not be looked up within {CONNECT_SECONDS:g} s") from error
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Hashable
+from typing import TypeVar
 
 import msgspec
+
+T = TypeVar("T", bound=Hashable)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, order=False):
@@ -158,7 +162,7 @@ class FairQueue:
             self._served.pop(place, None)
 
 
-def _count_down(counter: Counter[object] | Counter[str] | Counter[tuple[str, str]], name: object) -> None:
-    counter[name] -= 1  # type: ignore[index]
-    if not counter[name]:  # type: ignore[index]
-        del counter[name]  # type: ignore[arg-type]
+def _count_down(counter: Counter[T], name: T) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]

@@ -134,13 +134,15 @@ PARAMETERS = (
         description="How much an input picture may change.",
         apis=SEEN,
     ),
-    Parameter(names=("quality",), inputs=("quality",), type=str, description="As named.", apis=("image",), ignored=True),
-    Parameter(names=("style",), inputs=("style",), type=str, description="As named.", apis=("image",), ignored=True),
+    Parameter(
+        names=("quality",), inputs=("quality",), type=str, description="Passed on.", apis=("image",), ignored=True
+    ),
+    Parameter(names=("style",), inputs=("style",), type=str, description="Passed on.", apis=("image",), ignored=True),
     Parameter(
         names=("input_fidelity",),
         inputs=("input_fidelity",),
         type=str,
-        description="As named.",
+        description="Passed on.",
         apis=("image",),
         ignored=True,
     ),

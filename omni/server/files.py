@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from omni.server.jobs import StoreError
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 NUM_WORKERS = 4
 """Threads that encode, decode and copy files."""
 NAME = re.compile(r"[A-Za-z0-9_]+/[A-Za-z0-9_.-]+")
@@ -48,9 +49,9 @@ class FileStore:
         """End the threads, after what they do."""
         self._workers.shutdown()
 
-    async def call(self, work: Callable[[], T]) -> T:
+    async def call(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Do blocking work on files in a thread of the store."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work, *arguments)
 
     # blocking, for `call` -----------------------------------------------------------------------------------------
 

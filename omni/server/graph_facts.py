@@ -1,4 +1,4 @@
-"""What a graph tells about its requests: types of outputs, steps, frames per second, and a JSON Schema of its inputs."""
+"""What a graph tells about its requests: outputs, steps, frames per second, and a JSON Schema of its inputs."""
 
 from __future__ import annotations
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from sqlalchemy import Connection, delete, func, insert, literal, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from omni.server.jobs import JobEvent
@@ -26,6 +27,10 @@ try:
     import fcntl
 except ImportError:  # Windows: heartbeats alone tell
     fcntl = None  # type: ignore[assignment]
+
+
+_LEFT_BEHIND = (JOBS.c.state == "running", JOBS.c.owner.not_in(select(SERVERS.c.id)))
+"""Jobs whose server is buried."""
 
 
 class Lease:
@@ -43,7 +48,7 @@ class Lease:
 
     async def begin(self) -> None:
         """Register this server under a new name, and send heartbeats from now on."""
-        server_id = f"{os.uname().nodename[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        server_id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         if self._locks is not None:
             self._release_lock()
             self._locks.mkdir(exist_ok=True)
@@ -63,15 +68,24 @@ class Lease:
 
     async def reap(self) -> list[list[JobEvent]]:
         """Put the jobs of dead servers back into the queue; returns the events, by job."""
-        servers = await self._store.read(lambda connection: connection.execute(select(SERVERS.c.id)).scalars().all())
+        servers, any_dead = await self._store.read(self._survey)
         killed = [server for server in servers if server != self.server_id and self._is_unlocked(server)]
+        if not killed and not any_dead:
+            return []
         events = await self._store.write(lambda connection: self._bury(connection, killed))
         for server in killed:
             if self._locks is not None:
                 (self._locks / server).unlink(missing_ok=True)
         return events
 
-    def _now(self) -> ColumnElement[float]:
+    async def put_back(self, fence: Fence, reason: str) -> list[JobEvent] | None:
+        """Back into the queue with a job that this server could not bring to its end, as if a server had died."""
+        statement = select(JOBS.c.deaths).where(JOBS.c.id == fence.job_id)
+        return await self._store.write(
+            lambda connection: self._put_back(connection, fence, connection.execute(statement).scalar() or 0, reason)
+        )
+
+    def _now(self) -> ColumnElement[Any]:
         """By the database's clock, where servers may be on several hosts."""
         return func.extract("epoch", func.clock_timestamp()) if self._postgres else literal(time.time())
 
@@ -80,21 +94,30 @@ class Lease:
         if connection.execute(statement).rowcount == 0:
             self._on_lost()
 
-    def _bury(self, connection: Connection, killed: list[str]) -> list[list[JobEvent]]:
+    def _survey(self, connection: Connection) -> tuple[list[str], bool]:
+        """The servers, and whether there is one to bury, or jobs of one that is buried."""
+        servers = list(connection.execute(select(SERVERS.c.id)).scalars())
+        late = connection.execute(select(SERVERS.c.id).where(self._is_late()).limit(1)).first()
+        left = connection.execute(select(JOBS.c.id).where(*_LEFT_BEHIND).limit(1)).first()
+        return servers, late is not None or left is not None
+
+    def _is_late(self) -> ColumnElement[bool]:
         expired = SERVERS.c.heartbeat_at < self._now() - self._settings.lease_seconds
-        gone = (expired | SERVERS.c.id.in_(killed)) & (SERVERS.c.id != self.server_id)
-        connection.execute(delete(SERVERS).where(gone))
-        statement = select(JOBS.c.id, JOBS.c.owner, JOBS.c.attempt, JOBS.c.deaths).where(
-            JOBS.c.state == "running", JOBS.c.owner.not_in(select(SERVERS.c.id))
-        )
-        buried = []
-        for job_id, owner, attempt, deaths in connection.execute(statement).all():
-            fence = Fence(job_id, owner, attempt)
-            if deaths + 1 >= self._settings.max_deaths:
-                buried.append(poison(connection, fence, deaths + 1))
-            else:
-                buried.append(requeue(connection, fence, "its server died", deaths=1))
+        return and_(expired, SERVERS.c.id != self.server_id)
+
+    def _bury(self, connection: Connection, killed: list[str]) -> list[list[JobEvent]]:
+        connection.execute(delete(SERVERS).where(or_(self._is_late(), SERVERS.c.id.in_(killed))))
+        statement = select(JOBS.c.id, JOBS.c.owner, JOBS.c.attempt, JOBS.c.deaths).where(*_LEFT_BEHIND)
+        buried = [
+            self._put_back(connection, Fence(job_id, owner, attempt), deaths, "its server died")
+            for job_id, owner, attempt, deaths in connection.execute(statement).all()
+        ]
         return [events for events in buried if events]
+
+    def _put_back(self, connection: Connection, fence: Fence, deaths: int, reason: str) -> list[JobEvent] | None:
+        if deaths + 1 >= self._settings.max_deaths:
+            return poison(connection, fence, deaths + 1)
+        return requeue(connection, fence, reason, deaths=1)
 
     def _is_unlocked(self, server: str) -> bool:
         """Whether the process of a server is certainly gone."""

@@ -110,6 +110,6 @@ def body_schema(body: type[msgspec.Struct], api: Api | None) -> dict[str, Any]:
     for parameter in PARAMETERS:
         if api in parameter.apis:
             described = msgspec.json.schema(parameter.type) | {"description": parameter.description}
-            properties |= {name: described for name in parameter.names}
+            properties |= dict.fromkeys(parameter.names, described)
     extra = {"description": "Any other input of the graph."} if api else schema.get("additionalProperties", True)
     return schema | {"properties": properties, "additionalProperties": extra}

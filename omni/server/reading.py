@@ -82,9 +82,7 @@ def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
             if not isinstance(entry, dict):
                 raise bad_request(f"'{name}' is given both as a value and as '{name}[{key}]'", name)
             entry[key] = value
-        elif key == "":
-            _append(fields, name, value)
-        elif name in fields:
+        elif key == "" or name in fields:
             _append(fields, name, value)
         else:
             fields[name] = value

@@ -47,12 +47,12 @@ class Retention:
             batch = old[start : start + BATCH]
             known = await self._store.known(batch)
             for job_id in set(batch) - known:
-                await self._files.call(lambda gone=job_id: self._files.remove_folder(gone))
+                await self._files.call(self._files.remove_folder, job_id)
 
     async def _remove(self, job_ids: list[str]) -> bool:
         """Remove jobs, their files first: what is left after a crash is found again."""
         for job_id in job_ids:
-            await self._files.call(lambda gone=job_id: self._files.remove_folder(gone))
+            await self._files.call(self._files.remove_folder, job_id)
         if job_ids:
             await self._store.delete(job_ids)
         return bool(job_ids)

@@ -11,12 +11,12 @@ from typing import Literal
 import msgspec
 
 from omni.api import AsyncOmni
-from omni.errors import InputError, OmniError, UsageError, one_line
+from omni.errors import InputError, RunnerError, UsageError, one_line
 from omni.inputs import build_request
 from omni.messages import Aborted, Done, Event, Failed, Request, StagePreview
 from omni.server.files import FileStore
 from omni.server.hub import Hub
-from omni.server.jobs import Job, JobError, JobState, OutputFile
+from omni.server.jobs import Job, JobError, JobState, OutputFile, StoreError
 from omni.server.observer import Observer
 from omni.server.recorder import Recorder
 from omni.server.service_settings import ServiceSettings
@@ -72,7 +72,7 @@ class JobRun:
                 self.is_claimed = True
                 context.observer.started(waiting.id, waiting.graph, waiting.kind, began - self._entered_at)
                 outcome = await self._run_claimed(job)
-        except OmniError as error:  # the job is still ours in the store: upkeep puts it back into the queue
+        except StoreError as error:  # the job is still ours in the store: upkeep puts it back into the queue
             log.warning("job %s: %s", self.job_id, error)
         finally:
             seconds = time.monotonic() - began
@@ -86,15 +86,19 @@ class JobRun:
         )
         try:
             return await self._attempt(job, recorder)
-        except OmniError:
+        except StoreError:
             raise
+        except RunnerError as error:
+            if self._wish == "restart":
+                return await self._restart(recorder)
+            return await self._fail(recorder, JobError(cause=str(error), code="runner_failed"))
         except Exception as error:  # the job's edge: whatever goes wrong, it gets its end
             log.exception("job %s", job.id)
             return await self._fail(recorder, JobError(cause=one_line(error), code="internal"))
 
     async def _attempt(self, job: Job, recorder: Recorder) -> str:
         try:
-            inputs = await self._context.files.call(lambda: read_inputs(self._context.files, job.inputs))
+            inputs = await self._context.files.call(read_inputs, self._context.files, job.inputs)
             preview_every = job.meta.get("preview_every", 0)
             request = build_request(
                 self._omni.graph, inputs, job.seed, f"{job.id}-{job.attempt}", preview_every=preview_every
@@ -110,9 +114,7 @@ class JobRun:
         if isinstance(final, Done):
             return await self._done(recorder, final)
         if self._wish == "restart":
-            events = await self._context.store.requeue(recorder.fence, self._reason)
-            self._context.hub.publish(events)
-            return "restarted"
+            return await self._restart(recorder)
         if isinstance(final, Failed):
             return await self._fail(recorder, job_error(final.error))
         reason = self._reason or (final.reason if isinstance(final, Aborted) else "aborted")
@@ -132,7 +134,7 @@ class JobRun:
                         self._abort_request()
                 self._context.observer.event(self.job_id, self._waiting.graph, event)
                 if isinstance(event, StagePreview):
-                    draft = await self._context.files.call(lambda preview=event: translator.translate(preview))
+                    draft = await self._context.files.call(translator.translate, event)
                 else:
                     draft = translator.translate(event)
                 if draft is not None:
@@ -148,18 +150,24 @@ class JobRun:
 
     # endings ------------------------------------------------------------------------------------------------------
 
+    async def _restart(self, recorder: Recorder) -> str:
+        await recorder.settle()
+        events = await self._context.store.requeue(recorder.fence, self._reason)
+        self._context.hub.publish(events)
+        return "lost" if events is None else "restarted"
+
     async def _done(self, recorder: Recorder, final: Done) -> str:
         files, job_id = self._context.files, self.job_id
         sounds = sounds_of(self._omni.graph)
         try:
-            outputs = await files.call(lambda: store_outputs(files, job_id, final.outputs, sounds))
-        except UsageError as error:
+            outputs = await files.call(store_outputs, files, job_id, final.outputs, sounds)
+        except (UsageError, StoreError) as error:
             return await self._fail(recorder, JobError(cause=str(error), code="output_failed"))
         drafts = [Draft("output", output_data(job_id, output)) for output in outputs]
         drafts.append(Draft("done", {"seconds": final.seconds}))
         outcome = await self._finish(recorder, "done", drafts, outputs=outputs)
         if outcome == "lost":
-            await files.call(lambda: files.remove([output.blob for output in outputs if output.blob]))
+            await files.call(files.remove, [output.blob for output in outputs if output.blob])
         return outcome
 
     async def _fail(self, recorder: Recorder, error: JobError) -> str:

@@ -111,6 +111,16 @@ class Service:
         """Requests of a graph that run in this process."""
         return self._dispatcher.queue.running(graph)
 
+    @property
+    def num_listeners(self) -> int:
+        """Clients that listen to a job's events here."""
+        return self._hub.num_listeners
+
+    @property
+    def num_events(self) -> int:
+        """Events of jobs that this process has stored so far."""
+        return self._hub.num_events
+
     # jobs ---------------------------------------------------------------------------------------------------------
 
     async def submit(self, order: JobOrder) -> Job:
@@ -130,12 +140,11 @@ class Service:
         webhook = await self._checked_webhook(order)
         digest = ""
         if order.idempotency_key is not None:
-            digest = await self.files.call(lambda: digest_of(_body_of(order)))
+            digest = await self.files.call(digest_of, _body_of(order))
             if (known := await self._known(order, digest)) is not None:
                 return known
         with self._dispatcher.reserve(order.graph, order.key):
-            given = {name: request.inputs[name] for name in request.inputs}
-            inputs, size = await self.files.call(lambda: store_inputs(self.files, request.id, given))
+            inputs, size = await self.files.call(store_inputs, self.files, request.id, dict(request.inputs))
             job = Job(
                 id=request.id,
                 graph=order.graph,
@@ -153,7 +162,7 @@ class Service:
                 self._observers.accepted(job.id, job.graph, job.kind)
                 self._worker.take_up(job)
                 return job
-        await self.files.call(lambda: self.files.remove_folder(job.id))
+        await self.files.call(self.files.remove_folder, job.id)
         if (known := await self._known(order, digest)) is not None:  # an equal order came at the same time
             return known
         raise ServiceError(f"job {job.id} could not be stored; send it again")
@@ -193,7 +202,7 @@ class Service:
                         pass
         was_there = await self.store.delete([job_id]) > 0
         if was_there:
-            await self.files.call(lambda: self.files.remove_folder(job_id))
+            await self.files.call(self.files.remove_folder, job_id)
         return was_there
 
     def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
@@ -201,7 +210,7 @@ class Service:
         return self._events(job_id, after)
 
     def _events(self, job_id: str, after: int = 0) -> AsyncGenerator[JobEvent, None]:
-        return follow(self.store, self._hub, job_id, after, self.settings.poll_seconds)
+        return follow(self.store, self._hub, job_id, after)
 
     async def open_output(self, job_id: str, name: str, index: int = 0) -> tuple[OutputFile, Path | bytes] | None:
         """One value of a job's output: what it is, and its local path or its bytes. None when there is none such."""
@@ -213,7 +222,7 @@ class Service:
         if output.text is not None:
             return output, output.text.encode()
         try:
-            return output, await self.files.call(lambda: self.files.open_sync(output.blob))
+            return output, await self.files.call(self.files.open_sync, output.blob)
         except FileNotFoundError:
             return None
 

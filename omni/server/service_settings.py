@@ -4,6 +4,25 @@ from __future__ import annotations
 
 import msgspec
 
+from omni.errors import UsageError
+
+POSITIVE = (
+    "max_running",
+    "graph_max_running",
+    "max_running_per_key",
+    "max_queued_per_key",
+    "keep_seconds",
+    "sweep_seconds",
+    "poll_seconds",
+    "heartbeat_seconds",
+    "lease_seconds",
+    "max_deaths",
+    "max_events",
+    "store_retry_seconds",
+    "webhook_tries",
+    "webhook_seconds",
+)
+
 
 class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How many requests run and wait, how long jobs are kept, and how servers watch over each other."""
@@ -42,3 +61,14 @@ class ServiceSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Deliveries of one webhook before it is given up."""
     webhook_seconds: float = 10.0
     """How long one delivery may take."""
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            value = getattr(self, name)
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if number is not None and number <= 0:
+                    raise UsageError(f"{name} must be above 0, not {number}")
+        if self.max_queued < 0 or self.keep_bytes < 0:
+            raise UsageError("max_queued and keep_bytes cannot be below 0")
+        if self.lease_seconds < 2 * self.heartbeat_seconds:
+            raise UsageError("lease_seconds must be at least twice heartbeat_seconds, else live servers count as dead")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,7 +39,7 @@ class Draft(NamedTuple):
     """An event without its number."""
 
     type: EventType
-    data: dict[str, Any] = {}
+    data: dict[str, Any]
 
 
 class Fence(NamedTuple):
@@ -105,7 +105,9 @@ class JobStore:
 
     # for clients --------------------------------------------------------------------------------------------------
 
-    async def insert(self, job: Job, *, digest: str = "", size: int = 0, webhook: str | None = None) -> list[JobEvent] | None:
+    async def insert(
+        self, job: Job, *, digest: str = "", size: int = 0, webhook: str | None = None
+    ) -> list[JobEvent] | None:
         """Store a new job and its event `queued`. None when its idempotency key is taken."""
         values = _to_row(job) | {"digest": digest, "bytes": size, "webhook": webhook}
         dialect = postgresql if self.engine.dialect.name == "postgresql" else sqlite
@@ -114,7 +116,7 @@ class JobStore:
         def work(connection: Connection) -> list[JobEvent] | None:
             if connection.execute(statement, values).first() is None:
                 return None
-            return append(connection, job.id, [Draft("queued")], ())
+            return append(connection, job.id, [Draft("queued", {})], ())
 
         return await self.write(work)
 
@@ -173,6 +175,12 @@ class JobStore:
             for row in rows
         ]
 
+    async def positions(self, job_ids: Iterable[str]) -> dict[str, int]:
+        """Job -> number of its last event; without jobs that are gone."""
+        statement = select(JOBS.c.id, JOBS.c.last_sequence).where(JOBS.c.id.in_(list(job_ids)))
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return {row.id: row.last_sequence for row in rows}
+
     async def abort_queued(self, job_id: str, reason: str) -> list[JobEvent] | None:
         """Abort a job that waits."""
         now = time.time()
@@ -213,7 +221,7 @@ class JobStore:
         return [Waiting(*row) for row in rows]
 
     async def claim(self, job_id: str, owner: str) -> Job | None:
-        """Take a queued job. None when another server was quicker, it was aborted, or others took the owner for dead."""
+        """Take a queued job. None when another was quicker, it was aborted, or others took the owner for dead."""
         statement = (
             update(JOBS)
             .where(JOBS.c.id == job_id, JOBS.c.state == "queued", exists().where(SERVERS.c.id == owner))
@@ -226,9 +234,7 @@ class JobStore:
     async def append(self, fence: Fence, drafts: Sequence[Draft], progress: float) -> list[JobEvent] | None:
         """Add events to a running job."""
         values = {"progress": progress}
-        return await self.write(
-            lambda connection: append(connection, fence.job_id, drafts, fence.conditions, values)
-        )
+        return await self.write(lambda connection: append(connection, fence.job_id, drafts, fence.conditions, values))
 
     async def finish(
         self,
@@ -291,21 +297,25 @@ def append(
 ) -> list[JobEvent] | None:
     """Number and add events, if the job meets the conditions; set `values` of it along, and add `size` to its bytes."""
     now = time.time()
-    rows = [{"job_id": job_id, "type": draft.type, "data": _text(draft.data), "at": now} for draft in drafts]
-    size += sum(len(row["data"]) for row in rows)
+    texts = [_text(draft.data) for draft in drafts]
+    size += sum(map(len, texts))
     statement = (
         update(JOBS)
         .where(JOBS.c.id == job_id, *conditions)
-        .values(last_sequence=JOBS.c.last_sequence + len(rows), bytes=JOBS.c.bytes + size, **(values or {}))
+        .values(last_sequence=JOBS.c.last_sequence + len(drafts), bytes=JOBS.c.bytes + size, **(values or {}))
         .returning(JOBS.c.last_sequence)
     )
     last = connection.execute(statement).scalar()
     if last is None:
         return None
-    events = []
-    for number, (row, draft) in enumerate(zip(rows, drafts, strict=True), start=last - len(rows) + 1):
-        row["sequence"] = number
-        events.append(JobEvent(job_id=job_id, sequence=number, type=draft.type, data=draft.data, at=now))
+    events = [
+        JobEvent(job_id=job_id, sequence=number, type=draft.type, data=draft.data, at=now)
+        for number, draft in enumerate(drafts, start=last - len(drafts) + 1)
+    ]
+    rows = [
+        {"job_id": job_id, "sequence": event.sequence, "type": event.type, "data": data, "at": now}
+        for event, data in zip(events, texts, strict=True)
+    ]
     if rows:
         connection.execute(insert(EVENTS), rows)
     return events
@@ -356,11 +366,9 @@ def _to_row(job: Job) -> dict[str, Any]:
     return row | {name: _text(row[name]) for name in ("inputs", "outputs", "meta")}
 
 
-def _to_job(row: Row[Any]) -> Job:
+def _to_job(row: Any) -> Job:
     values = {name: getattr(row, name) for name in Job.__struct_fields__}
     values["inputs"], values["meta"] = _JSON.decode(values["inputs"]), _JSON.decode(values["meta"])
     values["outputs"] = _OUTPUTS.decode(values["outputs"])
     values["error"] = None if values["error"] is None else _ERROR.decode(values["error"])
     return Job(**values)
-
-

@@ -82,6 +82,7 @@ EVENTS = Table(
     Column("type", Text, nullable=False),
     Column("data", Text, nullable=False),
     Column("at", Float(53), nullable=False),
+    sqlite_with_rowid=False,  # the rows of a job lie side by side
 )
 
 SERVERS = Table(
@@ -131,7 +132,7 @@ def _sqlite(url: str) -> tuple[Engine, Engine]:
     database = make_url(url).database
     if not database or database == ":memory:":
         raise StoreError(f"{url}: jobs in memory would not survive; name a file: sqlite:///FOLDER/jobs.db")
-    Path(database).parent.mkdir(parents=True, exist_ok=True)
+    Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what clients sent is nobody else's affair
     # `isolation_level=None` keeps sqlite3 from opening transactions of its own.
     arguments: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
     writing, reading = create_engine(url, connect_args=arguments), create_engine(url, connect_args=arguments)

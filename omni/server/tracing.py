@@ -30,8 +30,6 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 OTLP = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 """Protocol by its standard name -> exporter by its entry point."""
 DEFAULT_PROTOCOL = "http/protobuf"
-MAX_WAITING = 10_000
-"""Requests that wait and whose calls are remembered."""
 NEEDED = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 
 
@@ -55,12 +53,10 @@ class Tracing(Observer):
         self.provider = provider
         self._tracer = provider.get_tracer("omni")
         self._parents: dict[str, Context] = {}
-        """Of requests that wait: the context of the call that made them. A few may never run here."""
+        """Of requests that wait: the context of the call that made them."""
         self._requests: dict[str, _RequestSpans] = {}
 
     def accepted(self, request_id: str, graph: str, kind: str) -> None:
-        if len(self._parents) >= MAX_WAITING:
-            del self._parents[next(iter(self._parents))]
         self._parents[request_id] = self._current()
 
     def started(self, request_id: str, graph: str, kind: str, waited_seconds: float) -> None:
@@ -94,7 +90,8 @@ class Tracing(Observer):
 
     def finished(self, request_id: str, graph: str, kind: str, outcome: str, seconds: float) -> None:
         found, now = self._requests.pop(request_id, None), time.time_ns()
-        if found is None:
+        self._parents.pop(request_id, None)
+        if found is None:  # it has only waited
             return
         for stage, begin in found.begins.items():  # those that did not finish
             self._add(found, f"stage {stage}", begin, now, {"omni.finished": False})

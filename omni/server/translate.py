@@ -45,7 +45,7 @@ class Translator:
                 self._parts[event.stage] = max(self._parts.get(event.stage, 0.0), min(part, 1.0))
                 return Draft("progress", self._progress_data(event))
             case StageText():
-                return Draft("text", {"stage": event.stage, "text": event.text})
+                return Draft("text", {"stage": event.stage, "text": clean(event.text)})
             case StagePreview():
                 return Draft("preview", {"stage": event.stage, "step": event.step, "image": preview_url(event.image)})
             case StageFinished():
@@ -83,9 +83,13 @@ def preview_url(image: Any) -> str:
 def job_error(error: StageError) -> JobError:
     """What a client is told of a stage's error: no traceback."""
     code = next(code for kind, code in CODES if isinstance(error, kind))
-    cause = error.cause[:MAX_CAUSE_CHARACTERS].encode("utf-8", "replace").decode()
-    remedy = error.remedy[:MAX_CAUSE_CHARACTERS].encode("utf-8", "replace").decode()
+    cause, remedy = clean(error.cause[:MAX_CAUSE_CHARACTERS]), clean(error.remedy[:MAX_CAUSE_CHARACTERS])
     return JobError(stage=error.stage, cause=cause, remedy=remedy, code=code)
+
+
+def clean(text: str) -> str:
+    """Text that can be written as UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def output_data(job_id: str, output: OutputFile) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A job's inputs and outputs as JSON and files: what is stored is what every run of the job gets, to the last bit.
 
-In stored inputs a medium is `{"blob": NAME, "type": PORT TYPE, ...}`. A client's own JSON object that could be taken for
-one is wrapped as `{"json": OBJECT}`. Clips are stored as lossless H.264, sounds and tensors as safetensors.
+In stored inputs a medium is `{"blob": NAME, "type": PORT TYPE, ...}`. A client's own JSON object that could be taken
+for one is wrapped as `{"json": OBJECT}`. Clips are stored as lossless H.264, sounds and tensors as safetensors.
 """
 
 from __future__ import annotations
@@ -228,19 +228,22 @@ class OutputPlace(msgspec.Struct, frozen=True):
 def _store_output(files: FileStore, job_id: str, place: OutputPlace, item: Any, track: Audio | None) -> OutputFile:
     kind = kind_of(item)
     suffix = SUFFIXES[kind][0]
-    about = {"name": place.name, "index": place.index, "type": kind, "media_type": MEDIA_TYPES[suffix]}
+    output = OutputFile(name=place.name, index=place.index, type=kind, media_type=MEDIA_TYPES[suffix], blob="", bytes=0)
     content = _text_of(kind, item)
     if content is not None and len(content) <= MAX_INLINE_BYTES:
-        return OutputFile(**about, blob="", bytes=len(content), text=content.decode())
+        return msgspec.structs.replace(output, bytes=len(content), text=content.decode())
     blob = f"{job_id}/out-{secrets.token_hex(6)}{suffix}"
     with files.writing(blob) as path:
         if content is not None:
             path.write_bytes(content)
         else:
             sound = track if track is not None and len(track.samples) <= 2 else None
-            write_output(item, path, sound=sound)
+            try:
+                write_output(item, path, sound=sound)
+            except UsageError as error:  # clients do not learn where files lie
+                raise UsageError(str(error).replace(str(path), f"output '{place.name}'")) from error
         size = path.stat().st_size
-    return OutputFile(**about, blob=blob, bytes=size)
+    return msgspec.structs.replace(output, blob=blob, bytes=size)
 
 
 def _text_of(kind: str, item: Any) -> bytes | None:

@@ -117,7 +117,9 @@ class Webhooks:
     async def _post(self, job: Job, address: str) -> bool:
         """Whether the other side took it."""
         assert self._check_address is not None
-        body = msgspec.json.encode({"type": f"job.{job.state}", "created_at": job.finished_at, "data": self._render_job(job)})
+        body = msgspec.json.encode(
+            {"type": f"job.{job.state}", "created_at": job.finished_at, "data": self._render_job(job)}
+        )
         timestamp = int(time.time())
         headers = {"content-type": "application/json", "webhook-id": job.id, "webhook-timestamp": str(timestamp)}
         if self._settings.webhook_secret:
@@ -142,6 +144,10 @@ class Webhooks:
     def _http(self) -> httpx.AsyncClient:
         if self._client is None:  # redirects are not followed, and proxies of the environment not used
             self._client = httpx.AsyncClient(
-                transport=self._transport, timeout=self._settings.webhook_seconds, trust_env=False
+                transport=self._transport,
+                timeout=self._settings.webhook_seconds,
+                trust_env=False,
+                # Connections are kept by IP address, and the certificate was checked for the name of the first use.
+                limits=httpx.Limits(max_keepalive_connections=0),
             )
         return self._client

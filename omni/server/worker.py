@@ -57,14 +57,17 @@ class Worker:
         self._lease = Lease(
             self._context.store,
             self._context.settings,
-            lambda: loop.call_soon_threadsafe(self._note_lost),
+            lambda: _call_soon(loop, self._note_lost),
         )
         await self._lease.begin()
+        await self._reap()
         await self._look()
+        settings = self._context.settings
         self._loops = [
-            loop.create_task(self._repeat("upkeep", self._context.settings.poll_seconds, self._look)),
-            loop.create_task(self._repeat("retention", self._context.settings.sweep_seconds, self._retention.sweep)),
-            loop.create_task(self._repeat("webhooks", self._context.settings.poll_seconds, self._webhooks.deliver)),
+            loop.create_task(self._repeat("reaping", settings.heartbeat_seconds, self._reap)),
+            loop.create_task(self._repeat("upkeep", settings.poll_seconds, self._look)),
+            loop.create_task(self._repeat("retention", settings.sweep_seconds, self._retention.sweep)),
+            loop.create_task(self._repeat("webhooks", settings.poll_seconds, self._webhooks.deliver)),
         ]
 
     def drain(self) -> None:
@@ -108,9 +111,10 @@ class Worker:
                 self._forget(job_id, "aborted")
             self._context.hub.publish(events)
             return True
-        if (run := self._runs.get(job_id)) is not None and run.is_claimed:
+        if (run := self._runs.get(job_id)) is not None:
             run.end("abort", reason)
-            return True
+            if run.is_claimed:
+                return True
         return await store.ask_abort(job_id, reason)
 
     def _take_up(self, waiting: Waiting) -> None:
@@ -134,6 +138,7 @@ class Worker:
         self._dispatcher.withdraw(job_id)
         graph, kind = self._kinds.pop(job_id)
         self._context.observer.finished(job_id, graph, kind, outcome, 0.0)
+        self._context.hub.wake(job_id)
 
     def _start(self, waiting: Waiting, entered_at: float) -> None:
         assert self._lease is not None
@@ -158,6 +163,8 @@ class Worker:
                 await work()
             except StoreError as error:
                 log.warning("%s: %s", name, error)
+            except Exception:  # the edge of upkeep: the next round comes
+                log.exception("%s", name)
 
     async def _look(self) -> None:
         """One look at the store."""
@@ -166,14 +173,27 @@ class Worker:
             return
         if self._lost:
             await self._begin_anew(lease)
-        for events in await lease.reap():
-            self._context.hub.publish(events)
-        await self._put_back_orphans(lease.server_id)
+        await self._put_back_orphans(lease)
+        await self._look_for_listeners()
         for job_id, reason in (await store.asked_to_abort(lease.server_id)).items():
             if job_id in self._runs:
                 self._runs[job_id].end("abort", reason)
         if not self._dispatcher.draining:
             await self._look_at_queue()
+
+    async def _reap(self) -> None:
+        if self._lease is not None:
+            for events in await self._lease.reap():
+                self._context.hub.publish(events)
+
+    async def _look_for_listeners(self) -> None:
+        """Wake those who follow jobs of other servers, when there is news."""
+        wanted = {job_id: last for job_id, last in self._context.hub.positions().items() if job_id not in self._runs}
+        if wanted:
+            found = await self._context.store.positions(wanted)
+            for job_id, last in wanted.items():
+                if found.get(job_id) != last:
+                    self._context.hub.wake(job_id)
 
     async def _look_at_queue(self) -> None:
         known = self._dispatcher.queue.waiting_ids() & self._kinds.keys()
@@ -185,11 +205,11 @@ class Worker:
                 if self._dispatcher.queue.is_waiting(job_id):  # aborted, deleted or taken by another server
                     self._forget(job_id, "lost")
 
-    async def _put_back_orphans(self, server_id: str) -> None:
+    async def _put_back_orphans(self, lease: Lease) -> None:
         """Jobs that the store says run here, though they do not: their end could not be written."""
-        for fence in await self._context.store.owned(server_id):
+        for fence in await self._context.store.owned(lease.server_id):
             if fence.job_id not in self._runs:
-                events = await self._context.store.requeue(fence, "its result could not be stored")
+                events = await lease.put_back(fence, "its end could not be stored")
                 self._context.hub.publish(events)
 
     def _note_lost(self) -> None:
@@ -202,3 +222,8 @@ class Worker:
         log.warning("server %s did not answer in time and was taken for dead; its jobs run again", lease.server_id)
         await lease.begin()
         self._lost = False
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed
+        loop.call_soon_threadsafe(work)

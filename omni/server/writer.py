@@ -109,11 +109,11 @@ class Writer:
         try:
             self._transact(writes)
         except Exception:
+            deadline = time.monotonic() + self._retry_seconds
             for write in writes:
-                self._commit_one(write)
+                self._commit_one(write, deadline)
 
-    def _commit_one(self, write: _Write) -> None:
-        deadline = time.monotonic() + self._retry_seconds
+    def _commit_one(self, write: _Write, deadline: float) -> None:
         pause = RETRY_SECONDS
         while True:
             try:
@@ -138,7 +138,7 @@ class Writer:
         for loop in {write.loop for write in writes if write.loop is not None}:
             mine = [write for write in writes if write.loop is loop]
             try:
-                loop.call_soon_threadsafe(lambda told: [write.resolve() for write in told], mine)
+                loop.call_soon_threadsafe(_resolve, mine)
             except RuntimeError:
                 log.debug("the event loop was closed before %d writes were told", len(mine))
 
@@ -152,6 +152,11 @@ class Writer:
         except SQLAlchemyError as error:
             log.warning("heartbeat failed: %s", plain(error))
         self._beaten_at = time.monotonic()
+
+
+def _resolve(writes: list[_Write]) -> None:
+    for write in writes:
+        write.resolve()
 
 
 def _passes(error: SQLAlchemyError) -> bool:

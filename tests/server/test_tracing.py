@@ -163,11 +163,11 @@ def test_stages_that_did_not_finish_have_spans_too(
     assert (found["stage draw"].attributes or {})["omni.finished"] is False
 
 
-def test_calls_of_requests_that_never_run_are_forgotten(tracing: Tracing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni.server.tracing.MAX_WAITING", 3)
-    for number in range(10):
-        tracing.accepted(f"job_{number}", "demo", "job")
-    assert list(tracing._parents) == ["job_7", "job_8", "job_9"]
+def test_a_request_that_has_only_waited_leaves_nothing(tracing: Tracing, spans: InMemorySpanExporter) -> None:
+    tracing.accepted("a", "demo", "job")
+    tracing.finished("a", "demo", "job", "aborted", 0.0)
+    assert spans.get_finished_spans() == ()
+    assert not vars(tracing)["_parents"]
 
 
 @pytest.mark.parametrize(

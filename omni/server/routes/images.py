@@ -18,7 +18,6 @@ from omni.messages import Done, StagePreview
 from omni.server.answers import Image, ImageEvent, ImagesAnswer, ImageUsage, json_answer
 from omni.server.bodies import ImageEditRequest, ImageRequest
 from omni.server.calls import (
-    Outcome,
     count_token,
     events_of,
     orders_for,
@@ -96,9 +95,7 @@ class Images:
             raise bad_request("'partial_images' needs \"stream\": true", "partial_images")
         name = self.context.choose(body.model, "image")
         omni = self.context.graphs[name]
-        raw = translate(
-            omni.graph, rest, "image", extra=body.extra_body, allow_unknown=settings.allow_unknown_fields
-        )
+        raw = translate(omni.graph, rest, "image", extra=body.extra_body, allow_unknown=settings.allow_unknown_fields)
         if "background" in omni.graph.inputs:
             raw["background"] = body.background
         elif body.background == "transparent":
