@@ -36,6 +36,9 @@ async def read_body(request: Request, settings: ServerSettings) -> Body:
         form = await request.form(
             max_files=settings.max_files, max_fields=settings.max_fields, max_part_size=settings.max_field_bytes
         )
+        closing = request.scope.get("fastapi_middleware_astack")
+        if closing is not None:  # where FastAPI closes the forms that it reads itself, after the answer
+            closing.push_async_callback(form.close)
         return Body(_nested(list(form.multi_items())), True)
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(
