@@ -22,7 +22,11 @@ MAX_SEED = 2**32 - 1
 
 
 def build_request(
-    graph: Graph, fields: Mapping[str, Any], seed: int | None = None, request_id: str | None = None
+    graph: Graph,
+    fields: Mapping[str, Any],
+    seed: int | None = None,
+    request_id: str | None = None,
+    preview_every: int = 0,
 ) -> Request:
     """A checked request. A missing seed is drawn at random; None values count as left out.
 
@@ -39,14 +43,16 @@ def build_request(
     # Copies: a stage may write into what it gets, and the graph's own would change for all later requests.
     defaults = {name: copy.deepcopy(spec.default) for name, spec in specs if spec.default is not msgspec.UNSET}
     values = {**defaults, **given}
-    for name, stage in _required_fields(graph).items():
+    for name, stage in required_fields(graph).items():
         if name not in values:
             raise InputError(f"input '{name}' is missing: stage '{stage}' needs it")
     if seed is None:
         seed = random.SystemRandom().randrange(MAX_SEED + 1)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
-    return Request(id=request_id or uuid.uuid4().hex[:12], inputs=values, seed=seed)
+    if not isinstance(preview_every, int) or isinstance(preview_every, bool) or preview_every < 0:
+        raise InputError(f"preview_every must be a number of steps, or 0 for no previews, not {preview_every!r}")
+    return Request(id=request_id or uuid.uuid4().hex[:12], inputs=values, seed=seed, preview_every=preview_every)
 
 
 def is_media(graph: Graph, name: str) -> bool:
@@ -70,7 +76,7 @@ def parse_field(graph: Graph, name: str, text: str) -> Any:
     return text
 
 
-def _required_fields(graph: Graph) -> dict[str, str]:
+def required_fields(graph: Graph) -> dict[str, str]:
     """Request fields that some required port reads -> that stage."""
     return {
         source.field: stage

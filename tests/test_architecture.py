@@ -15,7 +15,8 @@ LAYERS = (
     ("omni.cli",),
     ("omni.bench",),
     ("omni.models",),
-    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe", "omni.load_flags"),
+    ("omni.server",),
+    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.decode", "omni.recipe", "omni.load_flags", "omni.loops"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
     ("stages.policies", "stages.policies.load", "stages.device"),
@@ -25,6 +26,7 @@ LAYERS = (
         "omni.draw",
         "omni.draw_svg",
         "omni.plan",
+        "omni.plan_document",
         "omni.placement",
         "omni.processes",
         "omni.budgets",
@@ -57,7 +59,15 @@ LAYERS = (
 HEAVY = ("torch", "ray", "fastapi", "diffusers", "transformers", "accelerate", "uvicorn")
 LIGHT_FROM = "omni.plan"
 """This layer and all below never import HEAVY, not even inside a function."""
-QUICK_TO_IMPORT = ("omni", "omni.api", "omni.cli", "stages.diffusion", "stages.llm", "stages.function")
+QUICK_TO_IMPORT = (
+    "omni",
+    "omni.api",
+    "omni.cli",
+    "omni.server.service",
+    "stages.diffusion",
+    "stages.llm",
+    "stages.function",
+)
 """Importing these must not pull HEAVY in; inside functions they may."""
 WITHOUT_RAY = ("omni.runner.inline",)
 """Neither these nor anything they reach, lazily or not, imports Ray."""

@@ -15,10 +15,10 @@ import msgspec
 from omni.api import Result, ResultBuilder, Timings
 from omni.cli.events import Written, encode_event
 from omni.cli.job import Job
-from omni.cli.outputs import PRINTED, items_of
+from omni.cli.outputs import PRINTED
 from omni.cli.progress import View
 from omni.errors import OmniError, RequestAborted, RequestFailed, UsageError
-from omni.files import kind_of
+from omni.files import items_of, kind_of
 from omni.messages import LoadProgress, Message, Request
 
 

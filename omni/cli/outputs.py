@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from omni.errors import UsageError
-from omni.files import SUFFIXES, check_folder, kind_of, write_output
+from omni.files import SUFFIXES, check_folder, items_of, kind_of, write_output
 from omni.graph import Graph, base_type
 from omni.media import Audio
 
@@ -112,13 +112,6 @@ def plan_outputs(graph: Graph, output: str | None, num_requests: int) -> OutputP
                 sound_of[video] = sound
     numbered = output is None or _is_folder(output)
     return OutputPlan(folder, stem, suffix, num_requests, types, sound_of, numbered)
-
-
-def items_of(value: Any) -> list[Any]:
-    """The single values of an output: lists of media or text are taken apart, JSON stays whole."""
-    if isinstance(value, list) and value and all(kind_of(item) != "json" or isinstance(item, list) for item in value):
-        return [leaf for item in value for leaf in items_of(item)]
-    return [value]
 
 
 def _suffixes(kind: str) -> tuple[str, ...]:

@@ -247,6 +247,15 @@ class ActorProcess(StageProcess):
             with contextlib.suppress(RayError):
                 self._life.actor.free.remote(request_id, stage)
 
+    async def check(self, stage: str) -> str:
+        if self._life is None:
+            return "its process died; the next request gets a new one"
+        try:
+            await self.ping()
+        except RayError as error:
+            return describe_death(error)[0]
+        return ""
+
     async def ping(self) -> Vitals:
         """How the process is. Raises RayError when it is dead, TimeoutError when it does not answer."""
         assert self._life is not None, "the process is not up"

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from omni.cli.outputs import OutputPlan, items_of, plan_outputs
+from omni.cli.outputs import OutputPlan, plan_outputs
 from omni.errors import UsageError
-from omni.files import read_media
+from omni.files import items_of, read_media
 from omni.graph import Graph
 from omni.load import load_graph
 from omni.media import Audio, Video

@@ -1,0 +1,110 @@
+"""Request bodies: JSON or forms to plain fields, and fields to a checked struct and what is left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+
+from omni.server.errors import ApiError, bad_request
+from omni.server.limits import decode_json
+from omni.server.settings import ServerSettings
+
+T = TypeVar("T", bound=msgspec.Struct)
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+BRACKETS = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
+"""`name`, `name[]` (an item of a list) or `name[key]` (an entry of an object), as OpenAI's client writes them."""
+PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
+MISSING = re.compile(r"Object missing required field `([^`]+)`")
+
+
+class Body(msgspec.Struct, frozen=True):
+    """The fields of a request; a file is a starlette UploadFile."""
+
+    fields: dict[str, Any]
+    is_form: bool
+    """Numbers and truth values come as text."""
+
+
+async def read_body(request: Request, settings: ServerSettings) -> Body:
+    """The body as fields: a JSON object, or a form. Fields that are null count as left out. Raises ApiError."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type in FORMS:
+        form = await request.form(
+            max_files=settings.max_files, max_fields=settings.max_fields, max_part_size=settings.max_field_bytes
+        )
+        closing = request.scope.get("fastapi_middleware_astack")
+        if closing is not None:  # where FastAPI closes the forms that it reads itself, after the answer
+            closing.push_async_callback(form.close)
+        return Body(_nested(list(form.multi_items())), True)
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise ApiError(
+            415,
+            f"the body is {media_type!a}; send application/json or multipart/form-data",
+            "Content-Type",
+            "unsupported_media_type",
+        )
+    fields = decode_json(await request.body(), settings)
+    if not isinstance(fields, dict):
+        raise bad_request(f"the body must be a JSON object, not {_json_type(fields)}", None, "invalid_json")
+    return Body({name: value for name, value in fields.items() if value is not None}, False)
+
+
+def split_fields(body: Body, struct: type[T]) -> tuple[T, dict[str, Any]]:
+    """The struct's own fields, checked, and all others as they came. Raises ApiError naming the field."""
+    names = set(struct.__struct_fields__)
+    own = {name: value for name, value in body.fields.items() if name in names}
+    rest = {name: value for name, value in body.fields.items() if name not in names}
+    return convert(own, struct, body.is_form), rest
+
+
+def convert(value: Any, wanted: Any, is_form: bool = False, name: str = "") -> Any:
+    """`value` as the type `wanted`; from a form, text is read as numbers. Raises ApiError naming the field."""
+    try:
+        return msgspec.convert(value, wanted, strict=not is_form)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        place = PLACE.search(message)
+        path = ".".join(part for part in (name, place.group(1) if place else "") if part)
+        if missing := MISSING.match(message):
+            path = ".".join(part for part in (path, missing.group(1)) if part)
+            raise bad_request(f"'{path}' is missing", path, "missing_required_parameter") from None
+        fault = PLACE.sub("", message)
+        raise bad_request(f"'{path}': {fault[:1].lower()}{fault[1:]}" if path else fault, path or None) from None
+
+
+def _nested(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Form fields with their brackets resolved; a name that comes again makes a list."""
+    fields: dict[str, Any] = {}
+    for name, key, value in _parts(items):
+        if key:
+            entry = fields.setdefault(name, {})
+            if not isinstance(entry, dict):
+                raise bad_request(f"'{name}' is given both as a value and as '{name}[{key}]'", name)
+            entry[key] = value
+        elif key == "" or name in fields:
+            _append(fields, name, value)
+        else:
+            fields[name] = value
+    return fields
+
+
+def _parts(items: list[tuple[str, Any]]) -> Iterator[tuple[str, str | None, Any]]:
+    for full_name, value in items:
+        match = BRACKETS.fullmatch(full_name)
+        yield (match.group(1), match.group(2), value) if match else (full_name, None, value)
+
+
+def _append(fields: dict[str, Any], name: str, value: Any) -> None:
+    held = fields.setdefault(name, [])
+    if isinstance(held, dict):
+        raise bad_request(f"'{name}' is given both as a value and as an object", name)
+    fields[name] = [*(held if isinstance(held, list) else [held]), value]
+
+
+def _json_type(value: Any) -> str:
+    words = {list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    return words.get(type(value), "a number")

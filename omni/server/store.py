@@ -1,0 +1,374 @@
+"""The job store: jobs and their events in SQLite or Postgres, by SQLAlchemy Core.
+
+All writes go through one thread (omni/server/writer.py). Whoever runs a job writes under a fence: its server's name and
+the attempt, so that a server that was taken for dead changes nothing any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Row
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql.elements import ColumnElement
+
+from omni.server.jobs import FINAL_STATES, EventType, Job, JobError, JobEvent, JobState, OutputFile, StoreError
+from omni.server.tables import EVENTS, JOBS, SERVERS, connect, plain
+from omni.server.writer import Work, Writer
+
+T = TypeVar("T")
+NUM_READERS = 4
+QUEUE_LIMIT = 10_000
+"""Waiting jobs that a server looks at."""
+
+_ENCODE = msgspec.json.Encoder(enc_hook=repr).encode
+_OUTPUTS = msgspec.json.Decoder(tuple[OutputFile, ...])
+_ERROR = msgspec.json.Decoder(JobError)
+_JSON = msgspec.json.Decoder(dict[str, Any])
+_JOB_COLUMNS = tuple(JOBS.c[name] for name in Job.__struct_fields__)
+
+
+class Draft(NamedTuple):
+    """An event without its number."""
+
+    type: EventType
+    data: dict[str, Any]
+
+
+class Fence(NamedTuple):
+    """The right to write to a running job: holds while this server runs this attempt."""
+
+    job_id: str
+    owner: str
+    attempt: int
+
+    @property
+    def conditions(self) -> tuple[ColumnElement[bool], ...]:
+        """For the WHERE of an update."""
+        return (JOBS.c.state == "running", JOBS.c.owner == self.owner, JOBS.c.attempt == self.attempt)
+
+
+class Waiting(NamedTuple):
+    """What the dispatcher needs to know of a queued job."""
+
+    id: str
+    graph: str
+    key: str
+    priority: int
+    created_at: float
+    deaths: int
+    kind: str
+
+
+class JobStore:
+    """Jobs by URL: `sqlite:///FILE` (WAL mode) or `postgresql+psycopg://...`. Raises StoreError.
+
+    Methods that write return when it is committed. Those that add events return them with their numbers, or None when
+    the job is not in the state that they need.
+    """
+
+    def __init__(self, url: str, *, retry_seconds: float = 30.0) -> None:
+        self.engine, self._reading = connect(url)
+        self.url = self.engine.url
+        self.writer = Writer(self.engine, retry_seconds)
+        self._readers = ThreadPoolExecutor(NUM_READERS, "omni-store-read")
+
+    def close(self) -> None:
+        """Write what waits, and let the database go. Blocks."""
+        self.writer.close()
+        self._readers.shutdown()
+        self.engine.dispose()
+        self._reading.dispose()
+
+    async def write(self, work: Work[T]) -> T:
+        """Do `work` in a transaction; see Writer.write."""
+        return await self.writer.write(work)
+
+    async def read(self, work: Work[T]) -> T:
+        """Do `work`, which only reads, outside of any transaction. Raises StoreError."""
+
+        def call() -> T:
+            with self._reading.connect() as connection:
+                return work(connection)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+        except SQLAlchemyError as error:
+            raise StoreError(f"the job store cannot be read: {plain(error)}") from error
+
+    # for clients --------------------------------------------------------------------------------------------------
+
+    async def insert(
+        self, job: Job, *, digest: str = "", size: int = 0, webhook: str | None = None
+    ) -> list[JobEvent] | None:
+        """Store a new job and its event `queued`. None when its idempotency key is taken."""
+        values = _to_row(job) | {"digest": digest, "bytes": size, "webhook": webhook}
+        dialect = postgresql if self.engine.dialect.name == "postgresql" else sqlite
+        statement = dialect.insert(JOBS).on_conflict_do_nothing().returning(JOBS.c.id)
+
+        def work(connection: Connection) -> list[JobEvent] | None:
+            if connection.execute(statement, values).first() is None:
+                return None
+            return append(connection, job.id, [Draft("queued", {})], ())
+
+        return await self.write(work)
+
+    async def find(self, key: str, idempotency_key: str) -> tuple[Job, str] | None:
+        """The job of an idempotency key, with the digest of its order."""
+        statement = select(*_JOB_COLUMNS, JOBS.c.digest).where(
+            JOBS.c.key == key, JOBS.c.idempotency_key == idempotency_key
+        )
+        row = await self.read(lambda connection: connection.execute(statement).first())
+        return None if row is None else (_to_job(row), row.digest)
+
+    async def get(self, job_id: str) -> Job | None:
+        """A job, or None."""
+        statement = select(*_JOB_COLUMNS).where(JOBS.c.id == job_id)
+        row = await self.read(lambda connection: connection.execute(statement).first())
+        return None if row is None else _to_job(row)
+
+    async def list_jobs(
+        self,
+        filters: dict[str, Any],
+        *,
+        limit: int = 20,
+        after: str | None = None,
+        descending: bool = True,
+    ) -> list[Job]:
+        """Jobs by time of creation; `filters` are columns and their values, `after` is the last job already seen."""
+        place = (JOBS.c.created_at, JOBS.c.id)
+        statement = select(*_JOB_COLUMNS).where(*(JOBS.c[name] == value for name, value in filters.items()))
+        statement = statement.order_by(*(column.desc() if descending else column for column in place)).limit(limit)
+
+        def work(connection: Connection) -> Sequence[Row[Any]]:
+            final = statement
+            if after is not None:
+                last = connection.execute(select(*place).where(JOBS.c.id == after)).first()
+                if last is None:
+                    return []
+                at, job_id = last
+                beyond = JOBS.c.created_at < at if descending else JOBS.c.created_at > at
+                tied = JOBS.c.id < job_id if descending else JOBS.c.id > job_id
+                final = statement.where(or_(beyond, and_(JOBS.c.created_at == at, tied)))
+            return connection.execute(final).all()
+
+        return [_to_job(row) for row in await self.read(work)]
+
+    async def events_after(self, job_id: str, sequence: int, limit: int = 500) -> list[JobEvent]:
+        """The next stored events of a job, in order."""
+        statement = (
+            select(EVENTS)
+            .where(EVENTS.c.job_id == job_id, EVENTS.c.sequence > sequence)
+            .order_by(EVENTS.c.sequence)
+            .limit(limit)
+        )
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return [
+            JobEvent(job_id=row.job_id, sequence=row.sequence, type=row.type, data=_JSON.decode(row.data), at=row.at)
+            for row in rows
+        ]
+
+    async def positions(self, job_ids: Iterable[str]) -> dict[str, int]:
+        """Job -> number of its last event; without jobs that are gone."""
+        statement = select(JOBS.c.id, JOBS.c.last_sequence).where(JOBS.c.id.in_(list(job_ids)))
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return {row.id: row.last_sequence for row in rows}
+
+    async def abort_queued(self, job_id: str, reason: str) -> list[JobEvent] | None:
+        """Abort a job that waits."""
+        now = time.time()
+        values = _final_values("aborted", now)
+        draft = Draft("aborted", {"reason": reason})
+        return await self.write(
+            lambda connection: append(connection, job_id, [draft], [JOBS.c.state == "queued"], values)
+        )
+
+    async def ask_abort(self, job_id: str, reason: str) -> bool:
+        """Ask the server that runs a job to abort it. False when it does not run."""
+        statement = update(JOBS).where(JOBS.c.id == job_id, JOBS.c.state == "running").values(abort_reason=reason)
+        return await self.write(lambda connection: connection.execute(statement).rowcount == 1)
+
+    async def delete(self, job_ids: Iterable[str]) -> int:
+        """Remove jobs and their events, whatever their state; returns how many there were."""
+        ids = list(job_ids)
+
+        def work(connection: Connection) -> int:
+            connection.execute(delete(EVENTS).where(EVENTS.c.job_id.in_(ids)))
+            return connection.execute(delete(JOBS).where(JOBS.c.id.in_(ids))).rowcount
+
+        return await self.write(work)
+
+    async def known(self, job_ids: Iterable[str]) -> set[str]:
+        """Which of these jobs there are."""
+        statement = select(JOBS.c.id).where(JOBS.c.id.in_(list(job_ids)))
+        return set(await self.read(lambda connection: connection.execute(statement).scalars().all()))
+
+    # for the server that runs them --------------------------------------------------------------------------------
+
+    async def waiting(self, graphs: Iterable[str]) -> list[Waiting]:
+        """The queued jobs of these graphs, of all servers."""
+        columns = tuple(JOBS.c[name] for name in Waiting._fields)
+        statement = select(*columns).where(JOBS.c.state == "queued", JOBS.c.graph.in_(list(graphs)))
+        statement = statement.order_by(JOBS.c.priority.desc(), JOBS.c.created_at).limit(QUEUE_LIMIT)
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return [Waiting(*row) for row in rows]
+
+    async def claim(self, job_id: str, owner: str) -> Job | None:
+        """Take a queued job. None when another was quicker, it was aborted, or others took the owner for dead."""
+        statement = (
+            update(JOBS)
+            .where(JOBS.c.id == job_id, JOBS.c.state == "queued", exists().where(SERVERS.c.id == owner))
+            .values(state="running", owner=owner, started_at=time.time(), progress=0.0, abort_reason=None)
+            .returning(*_JOB_COLUMNS)
+        )
+        row = await self.write(lambda connection: connection.execute(statement).first())
+        return None if row is None else _to_job(row)
+
+    async def append(self, fence: Fence, drafts: Sequence[Draft], progress: float) -> list[JobEvent] | None:
+        """Add events to a running job."""
+        values = {"progress": progress}
+        return await self.write(lambda connection: append(connection, fence.job_id, drafts, fence.conditions, values))
+
+    async def finish(
+        self,
+        fence: Fence,
+        state: JobState,
+        drafts: Sequence[Draft],
+        *,
+        outputs: Sequence[OutputFile] = (),
+        error: JobError | None = None,
+    ) -> list[JobEvent] | None:
+        """End a running job; the last draft is the final event."""
+        values = _final_values(state, time.time()) | {
+            "outputs": _text(outputs),
+            "error": None if error is None else _text(error),
+        }
+        if state == "done":
+            values["progress"] = 1.0
+        size = sum(output.bytes for output in outputs)
+        return await self.write(
+            lambda connection: append(connection, fence.job_id, drafts, fence.conditions, values, size)
+        )
+
+    async def requeue(self, fence: Fence, reason: str) -> list[JobEvent] | None:
+        """Give a running job back to the queue, for no fault of its own."""
+        return await self.write(lambda connection: requeue(connection, fence, reason, deaths=0))
+
+    async def asked_to_abort(self, owner: str) -> dict[str, str]:
+        """Running jobs of a server that someone wants aborted -> the reason."""
+        statement = select(JOBS.c.id, JOBS.c.abort_reason).where(
+            JOBS.c.state == "running", JOBS.c.owner == owner, JOBS.c.abort_reason.is_not(None)
+        )
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return {row.id: row.abort_reason for row in rows}
+
+    async def owned(self, owner: str) -> list[Fence]:
+        """The running jobs of a server."""
+        statement = select(JOBS.c.id, JOBS.c.owner, JOBS.c.attempt).where(
+            JOBS.c.state == "running", JOBS.c.owner == owner
+        )
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return [Fence(*row) for row in rows]
+
+    async def counts(self) -> dict[tuple[str, str], int]:
+        """(graph, state) -> number of jobs."""
+        statement = select(JOBS.c.graph, JOBS.c.state, func.count()).group_by(JOBS.c.graph, JOBS.c.state)
+        rows = await self.read(lambda connection: connection.execute(statement).all())
+        return {(row[0], row[1]): row[2] for row in rows}
+
+
+# Parts of transactions --------------------------------------------------------------------------------------------
+
+
+def append(
+    connection: Connection,
+    job_id: str,
+    drafts: Sequence[Draft],
+    conditions: Iterable[ColumnElement[bool]],
+    values: dict[str, Any] | None = None,
+    size: int = 0,
+) -> list[JobEvent] | None:
+    """Number and add events, if the job meets the conditions; set `values` of it along, and add `size` to its bytes."""
+    now = time.time()
+    texts = [_text(draft.data) for draft in drafts]
+    size += sum(map(len, texts))
+    statement = (
+        update(JOBS)
+        .where(JOBS.c.id == job_id, *conditions)
+        .values(last_sequence=JOBS.c.last_sequence + len(drafts), bytes=JOBS.c.bytes + size, **(values or {}))
+        .returning(JOBS.c.last_sequence)
+    )
+    last = connection.execute(statement).scalar()
+    if last is None:
+        return None
+    events = [
+        JobEvent(job_id=job_id, sequence=number, type=draft.type, data=draft.data, at=now)
+        for number, draft in enumerate(drafts, start=last - len(drafts) + 1)
+    ]
+    rows = [
+        {"job_id": job_id, "sequence": event.sequence, "type": event.type, "data": data, "at": now}
+        for event, data in zip(events, texts, strict=True)
+    ]
+    if rows:
+        connection.execute(insert(EVENTS), rows)
+    return events
+
+
+def requeue(connection: Connection, fence: Fence, reason: str, deaths: int) -> list[JobEvent] | None:
+    """Put a running job back into the queue with the next attempt; `deaths` servers died of it this time."""
+    values = {
+        "state": "queued",
+        "owner": None,
+        "attempt": fence.attempt + 1,
+        "deaths": JOBS.c.deaths + deaths,
+        "progress": 0.0,
+    }
+    draft = Draft("restarted", {"attempt": fence.attempt + 1, "reason": reason})
+    return append(connection, fence.job_id, [draft], fence.conditions, values)
+
+
+def poison(connection: Connection, fence: Fence, num_deaths: int) -> list[JobEvent] | None:
+    """Fail a running job that took its server along again and again."""
+    error = JobError(
+        cause=f"the server died {num_deaths} times while this job ran",
+        remedy="look into the server's log for what ended it (often: out of memory); ask for less",
+        code="poisoned",
+    )
+    values = _final_values("failed", time.time()) | {"error": _text(error), "deaths": num_deaths}
+    return append(connection, fence.job_id, [Draft("failed", {"error": to_json(error)})], fence.conditions, values)
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values of a struct."""
+    return msgspec.to_builtins(value, enc_hook=repr)
+
+
+def _final_values(state: JobState, now: float) -> dict[str, Any]:
+    assert state in FINAL_STATES
+    due = case((JOBS.c.webhook.is_not(None), now), else_=None)
+    return {"state": state, "owner": None, "finished_at": now, "webhook_at": due}
+
+
+def _text(value: Any) -> str:
+    return _ENCODE(value).decode()
+
+
+def _to_row(job: Job) -> dict[str, Any]:
+    row = msgspec.structs.asdict(job)
+    row["error"] = None if job.error is None else _text(job.error)
+    return row | {name: _text(row[name]) for name in ("inputs", "outputs", "meta")}
+
+
+def _to_job(row: Any) -> Job:
+    values = {name: getattr(row, name) for name in Job.__struct_fields__}
+    values["inputs"], values["meta"] = _JSON.decode(values["inputs"]), _JSON.decode(values["meta"])
+    values["outputs"] = _OUTPUTS.decode(values["outputs"])
+    values["error"] = None if values["error"] is None else _ERROR.decode(values["error"])
+    return Job(**values)

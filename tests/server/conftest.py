@@ -1,0 +1,127 @@
+"""Stores and servers that the tests of the service share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni import AsyncOmni
+from omni.server.files import FileStore
+from omni.server.service import Service
+from omni.server.service_settings import ServiceSettings
+from omni.server.store import JobStore
+
+HERE = Path(__file__).parent
+WAIT_SECONDS = 60
+QUICK = ServiceSettings(poll_seconds=0.02, heartbeat_seconds=0.1, lease_seconds=30.0)
+"""Looks often, so that tests need not wait; leases are long, so that a busy machine ends none."""
+
+
+@pytest.fixture(autouse=True)
+def _functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+
+
+def graph_of(function: str) -> dict[str, Any]:
+    """A graph of one function stage."""
+    return {"stages": {"work": {"kind": "function", "call": f"functions:{function}"}}}
+
+
+MakeService = Callable[..., Service]
+
+
+@pytest.fixture
+async def make_service(tmp_path: Path) -> AsyncIterator[MakeService]:
+    """Makes services over one store, and stops them: `make_service({"g": "echo"}, max_running=1)`."""
+    services: list[Service] = []
+
+    def make(
+        graphs: dict[str, Any], *, url: str | None = None, files: str | Path | None = None, **limits: Any
+    ) -> Service:
+        omnis = {
+            name: AsyncOmni(graph_of(graph) if isinstance(graph, str) else graph, runner="inline")
+            for name, graph in graphs.items()
+        }
+        options = {name: limits.pop(name) for name in ("check_address", "render_job") if name in limits}
+        values = {name: getattr(QUICK, name) for name in QUICK.__struct_fields__} | limits
+        store = JobStore(url or f"sqlite:///{tmp_path}/jobs.db", retry_seconds=1.0)
+        service = Service(omnis, store, FileStore(files or tmp_path / "files"), ServiceSettings(**values), **options)
+        services.append(service)
+        return service
+
+    yield make
+    for service in services:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await service.stop(0)
+
+
+class ServerProcess:
+    """tests/server/server_process.py, running."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        command = [sys.executable, str(HERE / "server_process.py"), url, str(folder), str(HERE)]
+        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def tell(self, *commands: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("".join(f"{command}\n" for command in commands))
+        self.process.stdin.flush()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What it prints, until it ends."""
+        while (line := self._lines.get(timeout=WAIT_SECONDS)) is not None:
+            yield line
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_SECONDS)
+
+    def close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.endswith("}\n"):  # a killed process may leave half a line
+                self._lines.put(json.loads(line))
+        self._lines.put(None)
+
+
+StartServer = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts server processes over one store, and ends them."""
+    started: list[ServerProcess] = []
+
+    def start(url: str | None = None) -> ServerProcess:
+        server = ServerProcess(url or f"sqlite:///{tmp_path}/jobs.db", tmp_path / "files")
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.kill()
+        server._thread.join(WAIT_SECONDS)
+        server.close()
