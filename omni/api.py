@@ -19,6 +19,7 @@ from omni.graph import Graph, base_type
 from omni.hardware import load_hardware
 from omni.inputs import build_request
 from omni.load import LoadedGraph, load_graph
+from omni.loops import new_loop, run_loop
 from omni.messages import (
     Aborted,
     Done,
@@ -275,30 +276,6 @@ def make_plan(graph: Graph, hardware: str | Hardware | None = None, runner: Runn
     return plan_graph(graph, hardware, gather_facts(graph), runner)
 
 
-def new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where there is one (not on Windows): it wakes up quicker, and so do small hops."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop in this thread until it is stopped, then close it."""
-    try:
-        loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-    finally:
-        loop.close()
-
-
 class Omni:
     """A graph ready to run, for plain code: same arguments and methods as AsyncOmni; use from any thread.
 
@@ -340,7 +317,7 @@ class Omni:
         if self._loop is not None:
             return
         self._loop = new_loop()
-        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="omni-loop", daemon=True)
+        self._thread = threading.Thread(target=run_loop, args=(self._loop,), name="omni-loop", daemon=True)
         self._thread.start()
         try:
             self._call(self._omni.start(), START_SECONDS)

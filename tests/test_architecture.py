@@ -16,11 +16,7 @@ LAYERS = (
     ("omni.bench",),
     ("omni.models",),
     ("omni.server",),
-<<<<<<< HEAD
-    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.decode", "omni.recipe", "omni.load_flags"),
-=======
-    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.recipe", "omni.load_flags"),
->>>>>>> wt-store
+    ("omni", "omni.api", "omni.inputs", "omni.files", "omni.decode", "omni.recipe", "omni.load_flags", "omni.loops"),
     ("omni.runner",),
     ("stages", "stages.diffusion", "stages.llm", "stages.function", "omni.testing"),
     ("stages.policies", "stages.policies.load", "stages.device"),
@@ -30,6 +26,7 @@ LAYERS = (
         "omni.draw",
         "omni.draw_svg",
         "omni.plan",
+        "omni.plan_document",
         "omni.placement",
         "omni.processes",
         "omni.budgets",

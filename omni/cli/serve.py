@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from omni.api import AsyncOmni
     from omni.cli.interrupt import Interrupts
     from omni.cli.progress import View
-    from omni.server.hosting import Hosting
     from omni.server.service import Service
     from omni.server.settings import ServerSettings
 
@@ -62,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--webhook-host", metavar="HOST", action="append", default=[], help="where webhooks may go; repeatable"
     )
     much = parser.add_argument_group("how much")
-    much.add_argument(
-        "--max-running", metavar="N", type=int, default=4, help="of a graph at once (default: 4)"
-    )
+    much.add_argument("--max-running", metavar="N", type=int, default=4, help="of a graph at once (default: 4)")
     much.add_argument("--max-queued", metavar="N", type=int, default=256, help="requests that wait (default: 256)")
     much.add_argument("--max-running-per-key", metavar="N", type=int, help="requests of one API key at once")
     much.add_argument(
@@ -87,9 +84,9 @@ def command(args: argparse.Namespace) -> int:
     """Serve until a signal; the exit code is 0 after an orderly stop."""
     import asyncio
 
-    from omni.api import new_loop
     from omni.cli.interrupt import Interrupts
     from omni.cli.progress import open_view
+    from omni.loops import new_loop
 
     _set_up_logs(args.verbose)
     with Interrupts() as interrupts:
@@ -103,39 +100,34 @@ def command(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, view: View, interrupts: Interrupts) -> None:
+    import contextlib
+
     from omni.server.app import build_app
     from omni.server.hosting import Hosting, address_of, bind
+    from omni.server.metrics import Metrics, MetricsObserver
+    from omni.server.tracing import build_tracing
 
-    graphs = build_graphs(args, view)
-    settings = build_settings(args)
-    bound = bind(args.host, args.port)
-    url = address_of(bound)
-    try:
-        service = build_service(args, graphs)
-        app = build_app(service, settings)
-    except BaseException:
-        bound.close()
-        raise
-    hosting = Hosting(service, app, settings, bound, drain_seconds=args.drain_seconds, access_log=args.verbose)
-    _warn(args, settings)
-    with view:
-        await _run(hosting, view, interrupts, args, graphs, url)
+    graphs, settings, metrics = build_graphs(args, view), build_settings(args), Metrics()
+    tracing = build_tracing()
+    with bind(args.host, args.port) as bound:
+        service = build_service(args, graphs, settings)
+        app = build_app(service, settings, metrics=metrics, tracing=tracing)
+        hosting = Hosting(service, app, settings, bound, drain_seconds=args.drain_seconds, access_log=args.verbose)
+        warn(args, settings)
+        with contextlib.ExitStack() as loading:
 
+            def ready() -> None:
+                loading.close()
+                interrupts.stop_with(hosting.stop, args.drain_seconds + STOP_SECONDS)
+                for name, omni in graphs.items():
+                    for progress in omni.loads.values():
+                        MetricsObserver(metrics, graphs).loaded(name, progress)
+                print(*welcome(address_of(bound), graphs, bool(settings.api_keys)), sep="\n", flush=True)
 
-async def _run(
-    hosting: Hosting,
-    view: View,
-    interrupts: Interrupts,
-    args: argparse.Namespace,
-    graphs: dict[str, AsyncOmni],
-    url: str,
-) -> None:
-    def ready() -> None:
-        view.__exit__(None, None, None)  # the bars of loading: nothing else follows
-        interrupts.stop_with(hosting.stop, args.drain_seconds + STOP_SECONDS)
-        print(*welcome(url, graphs, bool(args.api_key)), sep="\n", flush=True)
-
-    await hosting.run(ready)
+            loading.enter_context(view)
+            await hosting.run(ready)
+    if tracing is not None:
+        tracing.stop()
 
 
 def build_graphs(args: argparse.Namespace, view: View) -> dict[str, AsyncOmni]:
@@ -189,12 +181,13 @@ def build_settings(args: argparse.Namespace) -> ServerSettings:
     )
 
 
-def build_service(args: argparse.Namespace, graphs: dict[str, AsyncOmni]) -> Service:
+def build_service(args: argparse.Namespace, graphs: dict[str, AsyncOmni], settings: ServerSettings) -> Service:
     """The service with its stores. Raises UsageError and StoreError."""
     import os
     from pathlib import Path
 
     from omni.errors import UsageError
+    from omni.server.addresses import WEBHOOK_REMEDY, AddressRules, checked_address
     from omni.server.files import FileStore
     from omni.server.job_object import job_document
     from omni.server.service import Service
@@ -210,7 +203,7 @@ def build_service(args: argparse.Namespace, graphs: dict[str, AsyncOmni]) -> Ser
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--state-dir {state}: cannot be made: {error.strerror}") from error
-    settings = ServiceSettings(
+    limits = ServiceSettings(
         max_running=args.max_running,
         max_queued=args.max_queued,
         max_running_per_key=args.max_running_per_key,
@@ -218,7 +211,16 @@ def build_service(args: argparse.Namespace, graphs: dict[str, AsyncOmni]) -> Ser
         webhook_secret=os.environ.get("OMNI_WEBHOOK_SECRET", ""),
     )
     store = JobStore(args.store or f"sqlite:///{state / 'jobs.db'}")
-    return Service(graphs, store, FileStore(args.files or state / "files"), settings, render_job=job_document)
+    files = FileStore(args.files or state / "files")
+    rules = AddressRules(settings.webhook_hosts, WEBHOOK_REMEDY)
+    return Service(
+        graphs,
+        store,
+        files,
+        limits,
+        check_address=lambda url: checked_address(url, rules),
+        render_job=job_document,
+    )
 
 
 def welcome(url: str, graphs: dict[str, AsyncOmni], has_keys: bool) -> list[str]:
@@ -251,7 +253,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _warn(args: argparse.Namespace, settings: ServerSettings) -> None:
+def warn(args: argparse.Namespace, settings: ServerSettings) -> None:
+    """Say on stderr what is open to others."""
     if not settings.api_keys and not is_loopback(args.host):
         print(f"warning: --host {args.host} without --api-key: whoever reaches it may use it", file=sys.stderr)
 
@@ -259,6 +262,4 @@ def _warn(args: argparse.Namespace, settings: ServerSettings) -> None:
 def _set_up_logs(verbose: bool) -> None:
     import logging
 
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")

@@ -17,6 +17,7 @@ from omni.server.context import Context
 from omni.server.errors import ApiError, bad_request
 from omni.server.jobs import JobOrder
 from omni.server.stored import stored_events
+from omni.server.timing import note_graph_seconds
 
 T = TypeVar("T")
 TOKEN = "token"
@@ -79,6 +80,7 @@ async def run_one(context: Context, order: JobOrder) -> Outcome:
         async for event in events:
             count_token(event, tokens)
             if isinstance(event, Done):
+                note_graph_seconds(event.seconds)
                 return Outcome(outputs=event.outputs, num_tokens=sum(tokens.values()))
             raise_if_over(event)
     raise RunnerError("the request ended without a final event")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -75,7 +75,7 @@ def encode_audio(audio: Audio, audio_format: AudioFormat) -> bytes:
     rate = audio.rate if not encoder.rates or audio.rate in encoder.rates else encoder.rates[-1]
     file = io.BytesIO()
     with av.open(file, "w", format=encoder.container) as container:
-        stream = container.add_stream(encoder.codec, rate=rate, layout="mono" if mono else "stereo")
+        stream: Any = container.add_stream(encoder.codec, rate=rate, layout="mono" if mono else "stereo")
         samples = np.ascontiguousarray(np.clip(audio.samples, -1.0, 1.0), dtype=np.float32)
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono" if len(samples) == 1 else "stereo")
         frame.sample_rate = audio.rate

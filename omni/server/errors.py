@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import HTTPException
-from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from omni.errors import InputError, OmniError, RequestAborted, RequestFailed, StageError, UsageError
@@ -108,7 +108,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(503, f"the request was aborted: {error.reason}", None, "aborted")
         case RequestValidationError():
             return _invalid_parameters(error.errors())
-        case StarletteHTTPException():
+        case HTTPException():
             return _http_error(error)
         case ClientDisconnect():
             return ApiError(499, "the client left", None, "client_left")
@@ -135,7 +135,7 @@ def _invalid_parameters(faults: Sequence[Any]) -> ApiError:
     return bad_request(f"{place} parameter '{name}': {faults[0]['msg']}", name)
 
 
-def _http_error(error: HTTPException | StarletteHTTPException) -> ApiError:
+def _http_error(error: HTTPException) -> ApiError:
     """What the routing and the guards say: 404 for an unknown path, 405, 413 and others."""
     phrase = http.HTTPStatus(error.status_code).phrase
     code = phrase.lower().replace(" ", "_").replace("-", "_")

@@ -81,7 +81,7 @@ def as_event(event: JobEvent) -> Event | None:
             return StageText(request_id=event.job_id, stage=data["stage"], text=data["text"])
         case "preview":
             step = data["step"]
-            image = open_image(parse_data_url(data["image"], MAX_PREVIEW_BYTES)[1])
+            image = open_image(parse_data_url(data["image"], MAX_PREVIEW_BYTES, "preview")[1])
             num_steps = data.get("num_steps", step)
             return StagePreview(
                 request_id=event.job_id, stage=data["stage"], step=step, num_steps=num_steps, image=image

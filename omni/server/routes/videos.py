@@ -23,7 +23,7 @@ from omni.server.openapi import FILE, operation
 from omni.server.reading import Body, read_body, split_fields
 from omni.server.routes.jobs import MAX_LIST, find_job, output_answer
 
-KIND = "video"
+KIND: Literal["video"] = "video"
 CREATE_ERRORS = (400, 401, 404, 409, 413, 415, 429, 500, 503)
 REFERENCE_INPUTS = ("image", "video")
 """Inputs that a reference may go to, the first that the graph has."""
@@ -173,9 +173,9 @@ def first_frame(place: Path | bytes) -> bytes:
     """The first picture of a clip of ours, as WebP. Blocks."""
     import av
 
-    with av.open(io.BytesIO(place) if isinstance(place, bytes) else str(place)) as container:
+    with av.open(io.BytesIO(place) if isinstance(place, bytes) else str(place), "r") as container:
         frame = next(container.decode(video=0))
-        return encode_image(frame.to_image(), "webp")
+        return encode_image(frame.to_image(), "webp")  # type: ignore[no-untyped-call]
 
 
 def build_router(context: Context) -> APIRouter:
