@@ -55,6 +55,8 @@ def spread_size(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[str,
         raise bad_request(f"size {value[:40]!a} must be WIDTHxHEIGHT in pixels, or auto", "size")
     if not {"width", "height"} <= graph.inputs.keys():
         raise bad_request("this graph takes no size: say auto, or leave it out", "size")
+    if not (int(match[1]) and int(match[2])):
+        raise bad_request(f"size {value} has no pixels", "size")
     return {"width": int(match[1]), "height": int(match[2])}
 
 
@@ -261,6 +263,8 @@ def typed_value(graph: Graph, name: str, value: Any, is_form: bool = False) -> A
             return msgspec.json.decode(value)
         except msgspec.DecodeError:
             return value
+        except RecursionError:
+            raise bad_request(f"'{name}' has brackets inside brackets, far too deep", name) from None
     return value
 
 

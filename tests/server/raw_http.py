@@ -27,10 +27,12 @@ class Answer(NamedTuple):
 
 
 def read_answer(data: bytes) -> Answer:
-    """An answer that has a Content-Length, or ends with its connection."""
+    """An answer, with all that came before its connection ended."""
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if headers.get("transfer-encoding") == "chunked":
+        body = b"".join(body.split(b"\r\n")[1::2])  # of chunks without line breaks
     return Answer(int(first.split(" ")[1]) if first else 0, headers, body)
 
 
@@ -49,13 +51,17 @@ def request(
 
 def post(target: str, value: Any, *, key: str = "", headers: dict[str, str] | None = None) -> bytes:
     """JSON; bytes and text are sent as they are."""
-    body = value if isinstance(value, bytes) else value.encode() if isinstance(value, str) else json.dumps(value).encode()
+    body = (
+        value if isinstance(value, bytes) else value.encode() if isinstance(value, str) else json.dumps(value).encode()
+    )
     return request("POST", target, key=key, headers={"Content-Type": "application/json", **(headers or {})}, body=body)
 
 
 def part(name: str, content: bytes, file: str | None = None, headers: str = "") -> bytes:
     """One part of a form."""
-    disposition = f'Content-Disposition: form-data; name="{name}"' + (f'; filename="{file}"' if file is not None else "")
+    disposition = f'Content-Disposition: form-data; name="{name}"' + (
+        f'; filename="{file}"' if file is not None else ""
+    )
     return f"--{BOUNDARY}\r\n{disposition}\r\n{headers}\r\n".encode() + content + b"\r\n"
 
 
