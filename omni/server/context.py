@@ -12,7 +12,7 @@ from omni.api import AsyncOmni
 from omni.errors import InputError
 from omni.graph import Graph, base_type, nearest
 from omni.server.errors import ApiError, bad_request, not_found
-from omni.server.graph_facts import output_types
+from omni.server.graph_facts import FRAMES_INPUTS, output_types
 from omni.server.media_inputs import MediaReader
 from omni.server.service import Service
 from omni.server.settings import ServerSettings
@@ -114,7 +114,8 @@ def check_bounds(inputs: Mapping[str, Any], settings: ServerSettings) -> None:
             raise bad_request(f"'{name}' must be at most {most:g}{unit}, not {value:g}", name)
 
     bound("num_inference_steps", settings.max_steps)
-    bound("num_frames", settings.max_output_frames)
+    for name in FRAMES_INPUTS:
+        bound(name, settings.max_output_frames)
     for name in BATCH_INPUTS:
         bound(name, settings.max_n)
     bound("width", settings.max_side)

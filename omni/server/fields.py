@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from omni.graph import Graph, base_type, nearest
 from omni.server.errors import ApiError, bad_request
-from omni.server.graph_facts import FPS_INPUTS, frames_per_second
+from omni.server.graph_facts import FPS_INPUTS, FRAMES_INPUTS, frames_per_second
 from omni.server.reading import convert
 
 Api = Literal["image", "video", "audio", "chat"]
@@ -62,11 +62,12 @@ def spread_size(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[str,
 
 def spread_seconds(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """A length in seconds to a number of frames."""
-    if "num_frames" not in graph.inputs:
+    target = next((name for name in FRAMES_INPUTS if name in graph.inputs), None)
+    if target is None:
         raise bad_request("this graph takes no length: leave 'seconds' out", "seconds")
     said = next((given[name] for name in FPS_INPUTS if name in given), None)
     fps = frames_per_second(graph) if said is None else convert(said, Positive, True, "fps")
-    return {"num_frames": max(1, round(value * fps))}
+    return {target: max(1, round(value * fps))}
 
 
 PARAMETERS = (
@@ -92,7 +93,7 @@ PARAMETERS = (
         apis=("video", "audio"),
         spread=spread_seconds,
     ),
-    Parameter(names=("num_frames",), inputs=("num_frames",), type=Whole, description="Frames.", apis=("video",)),
+    Parameter(names=("num_frames",), inputs=FRAMES_INPUTS, type=Whole, description="Frames.", apis=("video",)),
     Parameter(names=FPS_INPUTS, inputs=FPS_INPUTS, type=Positive, description="Frames per second.", apis=("video",)),
     Parameter(
         names=("num_inference_steps", "steps"),
