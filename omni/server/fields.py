@@ -67,6 +67,8 @@ def spread_seconds(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[s
         raise bad_request("this graph takes no length: leave 'seconds' out", "seconds")
     said = next((given[name] for name in FPS_INPUTS if name in given), None)
     fps = frames_per_second(graph) if said is None else convert(said, Positive, True, "fps")
+    if not value * fps < 2**31:  # infinite, perhaps
+        raise bad_request(f"{value:g} s at {fps:g} frames per second are too many frames", "seconds")
     return {target: max(1, round(value * fps))}
 
 

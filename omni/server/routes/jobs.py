@@ -22,7 +22,7 @@ from omni.server.errors import bad_request, not_found
 from omni.server.fields import own_inputs
 from omni.server.job_object import JobDeleted, JobList, JobObject, job_object
 from omni.server.jobs import Job, JobOrder, JobState, OutputFile
-from omni.server.openapi import operation, reference
+from omni.server.openapi import EVENTS, operation, reference
 from omni.server.reading import Body, convert, read_body
 from omni.server.stored import open_image, wait_for_end
 from omni.server.streaming import EventStream, ServerEvent
@@ -220,7 +220,7 @@ def build_router(context: Context) -> APIRouter:
             "GET",
             "/v1/jobs/{job_id}/events",
             jobs.events,
-            {"summary": "What happens to a job", "content": {"text/event-stream": {"type": "string"}}},
+            {"summary": "What happens to a job", "content": EVENTS},
         ),
         (
             "GET",
