@@ -26,6 +26,9 @@ ERRORS = {
     504: "The request took too long.",
 }
 FILE = {"type": "string", "format": "binary"}
+EVENT = {"type": "object", "properties": {name: {"type": "string"} for name in ("event", "data", "id")}}
+"""One server-sent event; its data is JSON."""
+EVENTS = {"text/event-stream": EVENT}
 
 
 def operation(
