@@ -77,11 +77,8 @@ async def read_body(request: Request, settings: ServerSettings) -> Body:
         limits = form_limits(settings)
         if media_type == MULTIPART:
             return Body(_nested(await read_parts(request, limits)), True)
-        form = await request.form(**limits)
-        closing = request.scope.get("fastapi_middleware_astack")
-        if closing is not None:  # where FastAPI closes the forms that it reads itself, after the answer
-            closing.push_async_callback(form.close)
-        return Body(_nested(list(form.multi_items())), True)
+        async with request.form(**limits) as form:  # no files in this kind
+            return Body(_nested(list(form.multi_items())), True)
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(
             415,
