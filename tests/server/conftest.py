@@ -31,14 +31,9 @@ QUICK = ServiceSettings(poll_seconds=0.02, heartbeat_seconds=0.1, lease_seconds=
 """Looks often, so that tests need not wait; leases are long, so that a busy machine ends none."""
 
 
-@pytest.fixture(autouse=True)
-def _functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(HERE)
-
-
 def graph_of(function: str) -> dict[str, Any]:
     """A graph of one function stage."""
-    return {"stages": {"work": {"kind": "function", "call": f"functions:{function}"}}}
+    return {"stages": {"work": {"kind": "function", "call": f"tests.server.functions:{function}"}}}
 
 
 MakeService = Callable[..., Service]
@@ -73,8 +68,8 @@ class ServerProcess:
     """tests/server/server_process.py, running."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        command = [sys.executable, str(HERE / "server_process.py"), url, str(folder), str(HERE)]
-        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+        command = [sys.executable, str(HERE / "server_process.py"), url, str(folder)]
+        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}  # for tests.server.functions
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
