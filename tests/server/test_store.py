@@ -19,7 +19,13 @@ FILE = OutputFile(name="text", type="text", media_type="text/plain", blob="", by
 
 
 def a_job(**fields: Any) -> Job:
-    values = {"id": new_job_id(), "graph": "g", "created_at": time.time(), "inputs": {"prompt": "h\u00e9 \x00"}, "seed": 7}
+    values = {
+        "id": new_job_id(),
+        "graph": "g",
+        "created_at": time.time(),
+        "inputs": {"prompt": "h\u00e9 \x00"},
+        "seed": 7,
+    }
     return Job(**(values | fields))
 
 
