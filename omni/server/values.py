@@ -28,8 +28,8 @@ MAX_DEPTH = 64
 """Of lists and objects inside each other."""
 MAX_INLINE_BYTES = 64 * 1024
 """Texts up to this size are kept in the job itself."""
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-"""Pictures of other modes are stored as their bytes."""
+PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+"""Pictures of other modes are stored as their bytes, those with a palette as RGBA."""
 MEDIA_TYPES = {
     ".png": "image/png",
     ".mp4": "video/mp4",
@@ -141,6 +141,7 @@ def read_inputs(files: FileStore, inputs: dict[str, Any]) -> dict[str, Any]:
 def _write_input(value: Any, kind: str, path: Path) -> dict[str, Any]:
     """Write a medium without loss; returns what the file does not tell."""
     if kind == "image":
+        value = value.convert("RGBA") if value.mode in ("P", "PA") else value
         if value.mode in PNG_MODES:
             value.save(path, format="PNG", compress_level=1)
             return {}

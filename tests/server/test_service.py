@@ -103,25 +103,15 @@ async def test_a_job_from_order_to_output(make_service: MakeService) -> None:
     assert await all_events(service, job, after=5) == []
     done = await service.get(job.id)
     assert done is not None
-    assert (done.state, done.progress, done.kind, done.key, done.meta) == (
-        "done",
-        1.0,
-        "video",
-        "alice",
-        {"size": "1x1"},
-    )
+    assert (done.state, done.progress, done.kind) == ("done", 1.0, "video")
+    assert (done.key, done.priority, done.meta) == ("alice", 2, {"size": "1x1"})
     found = await service.open_output(job.id, "text")
     assert found is not None
     assert found[1] == b"hi"
     assert await service.open_output(job.id, "text", 1) is None
     assert await service.open_output("job_none", "text") is None
-    kinds = [
-        ("accepted", "g", "video"),
-        ("started", "g", "video"),
-        ("stage", "work"),
-        ("finished", "g", "video", "done"),
-    ]
-    assert log.lines == kinds
+    who = ("g", "video")
+    assert log.lines == [("accepted", *who), ("started", *who), ("stage", "work"), ("finished", *who, "done")]
 
 
 async def test_steps_pictures_and_previews(make_service: MakeService, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_json_comes_back_as_it_is(files: FileStore, inputs: dict[str, Any]) -> N
     assert read_inputs(files, json.loads(json.dumps(stored))) == inputs
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "HSV"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "HSV"])
 def test_pictures_come_back_to_the_last_bit(files: FileStore, mode: str) -> None:
     size = len(Image.new(mode, (8, 2)).tobytes())
     image = Image.frombytes(mode, (8, 2), bytes(range(100, 100 + size)))
@@ -58,6 +58,12 @@ def test_pictures_come_back_to_the_last_bit(files: FileStore, mode: str) -> None
     (again,) = read_inputs(files, stored)["image"]
     assert (again.mode, again.size, again.tobytes()) == (mode, (8, 2), image.tobytes())
     assert num_bytes > 0
+
+
+def test_palettes_become_colours(files: FileStore) -> None:
+    stored, _ = store_inputs(files, "job_1", {"image": Image.new("RGB", (2, 2), "red").convert("P")})
+    again = read_inputs(files, stored)["image"]
+    assert (again.mode, again.getpixel((0, 0))) == ("RGBA", (255, 0, 0, 255))
 
 
 def test_arrays_come_back(files: FileStore) -> None:
