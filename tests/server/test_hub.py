@@ -48,16 +48,15 @@ async def until(seen: list[int], last: int) -> None:
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize(
-    "heard", [lambda n: True, lambda n: n % 3 == 0, lambda n: n % 50 == 0], ids=["all", "few", "rare"]
-)
-async def test_no_event_is_missed_or_repeated(store: JobStore, heard: object) -> None:
+@pytest.mark.parametrize("every", [1, 3, 50])
+async def test_no_event_is_missed_or_repeated(store: JobStore, every: int) -> None:
     """Also when the hub tells of few: the rest comes from the store."""
-    hub, fence, seen = Hub(), await running(store), [0][:0]
+    hub, fence = Hub(), await running(store)
+    seen: list[int] = []
     listening = asyncio.create_task(collect(store, hub, fence, seen))
     for number in range(100):
         events = await store.append(fence, [STEP] * (1 + number % 3), 0.1)
-        if heard(number):  # type: ignore[operator]
+        if number % every == 0:
             hub.publish(events)
         if number == 50:
             hub.publish(events)  # told twice
@@ -92,7 +91,8 @@ async def test_a_slow_listener_takes_no_memory(store: JobStore) -> None:
 
 
 async def test_listeners_are_woken_for_what_others_write(store: JobStore) -> None:
-    hub, fence, seen = Hub(), await running(store), [0][:0]
+    hub, fence = Hub(), await running(store)
+    seen: list[int] = []
     listening = asyncio.create_task(collect(store, hub, fence, seen))
     await until(seen, 1)
     await store.append(fence, [STEP], 0.1)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text
+from sqlalchemy import create_engine, insert, text
 
 from omni.server.jobs import Job, JobError, JobEvent, OutputFile, StoreError, new_job_id
 from omni.server.store import Draft, Fence, JobStore
-from omni.server.tables import SERVERS
+from omni.server.tables import METADATA, SERVERS
 
 FILE = OutputFile(name="text", type="text", media_type="text/plain", blob="", bytes=3, text="abc")
 
@@ -193,6 +193,25 @@ def test_wrong_addresses_are_told_without_the_password(url: str, message: str) -
     with pytest.raises(StoreError, match=message) as caught:
         JobStore(url)
     assert "secret" not in str(caught.value)
+
+
+async def test_lost_connections_are_made_again(postgres: str) -> None:
+    store = JobStore(postgres)
+    job = a_job()
+    await store.insert(job)
+    await store.get(job.id)
+    others = "usename = 'omni' AND pid <> pg_backend_pid()"
+    end = text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'omni' AND pid <> pg_backend_pid()"
+    )
+    other = create_engine(postgres)
+    with other.connect() as connection:
+        assert len(connection.execute(end).all()) >= 2
+    other.dispose()
+    assert numbered(await store.abort_queued(job.id, "test")) == [(2, "aborted")]
+    assert len(await store.events_after(job.id, 0)) == 2
+    METADATA.drop_all(store.engine)
+    store.close()
 
 
 def test_the_database_is_in_wal_mode_and_private(tmp_path: Path) -> None:
