@@ -202,8 +202,6 @@ async def test_lost_connections_are_made_again(postgres: str) -> None:
     await store.get(job.id)
     others = "usename = 'omni' AND pid <> pg_backend_pid()"
     end = text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'omni' AND pid <> pg_backend_pid()"
-    )
     other = create_engine(postgres)
     with other.connect() as connection:
         assert len(connection.execute(end).all()) >= 2
