@@ -28,7 +28,9 @@ from omni.server.stored import open_image, wait_for_end
 from omni.server.streaming import EventStream, ServerEvent
 
 WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,6})(?:$|[,;\s])")
+JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 MAX_LIST = 100
+MAX_SEQUENCE = 2**53
 WRITE_ERRORS = (400, 401, 404, 409, 413, 415, 429, 500, 503)
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 """What a graph made is data: a browser that opens it runs nothing in it."""
@@ -43,7 +45,7 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Makes the job repeatable, 0 to 4294967295; drawn at random when left out."""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     """Higher runs first."""
-    preview_every: Annotated[int, Meta(ge=0)] = 0
+    preview_every: Annotated[int, Meta(ge=0, le=100_000)] = 0
     """Denoise steps from one preview to the next; 0: none."""
     webhook: str | None = None
     """An allowed address that is told when the job is over."""
@@ -83,7 +85,7 @@ class Jobs:
     async def list_all(
         self,
         request: Request,
-        graph: str | None = None,
+        graph: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
         state: JobState | None = None,
         limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 20,
         after: str | None = None,
@@ -108,13 +110,13 @@ class Jobs:
         self,
         request: Request,
         job_id: str,
-        after: Annotated[int, Query(ge=0)] = 0,
+        after: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> Response:
         """What happens to a job, as server-sent events: from the first, or from the one after a number."""
         job = await find_job(self.context, request, job_id)
         if last_event_id is not None:
-            if not last_event_id.isascii() or not last_event_id.isdigit() or len(last_event_id) > 18:
+            if not re.fullmatch(r"[0-9]{1,15}", last_event_id):
                 raise bad_request("Last-Event-ID must be the number of an event", "Last-Event-ID")
             after = int(last_event_id)
         return EventStream(self._events(job, after), self.context.settings.request_seconds)
@@ -129,7 +131,7 @@ class Jobs:
         request: Request,
         job_id: str,
         name: str,
-        index: Annotated[int, Query(ge=0)] = 0,
+        index: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
         format: ImageFormat | None = None,
     ) -> Response:
         """One value of an output, as a file; pictures in another `format` on demand."""
@@ -151,7 +153,7 @@ class Jobs:
 
 async def find_job(context: Context, request: Request, job_id: str, kind: str | None = None) -> Job:
     """A job that the caller may see: another key's jobs are not there for it. Raises ApiError (404)."""
-    job = await context.service.get(job_id)
+    job = await context.service.get(job_id) if JOB_ID.fullmatch(job_id) else None
     if job is None or job.key != key_of(request) or kind not in (None, job.kind):
         raise not_found(f"there is no {kind or 'job'} {job_id[:60]!a}", "id", f"{kind or 'job'}_not_found")
     return job
