@@ -208,6 +208,7 @@ def build_router(context: Context) -> APIRouter:
                 "summary": "Make a job",
                 "answer": JobObject,
                 "status": 202,
+                "also": (200,),
                 "body": JobRequest,
                 "files": ("request",),
                 "errors": WRITE_ERRORS,
@@ -232,7 +233,11 @@ def build_router(context: Context) -> APIRouter:
             "DELETE",
             "/v1/jobs/{job_id}",
             jobs.delete,
-            {"summary": "Abort or remove a job", "answer": {"anyOf": [reference(JobObject), reference(JobDeleted)]}},
+            {
+                "summary": "Abort or remove a job",
+                "answer": {"anyOf": [reference(JobObject), reference(JobDeleted)]},
+                "also": (202,),
+            },
         ),
     )
     for method, path, handler, described in routes:
