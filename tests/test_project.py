@@ -225,7 +225,7 @@ def test_readme_names_every_command(root: Path) -> None:
 
 
 def test_readme_python_names_what_exists(root: Path) -> None:
-    (block,) = readme_blocks(root, "python")
+    block, _ = readme_blocks(root, "python")
     used = set(re.findall(r"\bomni\.(\w+)\(", block))
     assert used == {"generate", "stream"}
     assert all(hasattr(omni.Omni, name) for name in used)
