@@ -20,6 +20,7 @@ from omni.server.settings import ServerSettings
 MEDIA = ("image", "video", "audio", "tensor")
 REFERENCES = ("image_url", "url")
 """Keys of an object that stands for a medium."""
+BATCH_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 SECONDS_INPUTS = ("seconds", "duration", "audio_end_in_s", "audio_length_in_s")
 
 
@@ -72,6 +73,8 @@ class Context(msgspec.Struct, frozen=True):
         inputs: dict[str, Any] = {}
         for name, value in raw.items():
             kind = base_type(graph.inputs[name].type) if name in graph.inputs else "any"
+            if isinstance(value, bytes) and kind not in MEDIA:
+                raise bad_request(f"'{name}' takes {'text' if kind == 'text' else 'a value'}, not a file", name)
             if kind in MEDIA:
                 value = await self.read_medium(value, kind, name)
             elif hasattr(value, "read"):
@@ -114,6 +117,8 @@ def check_bounds(inputs: Mapping[str, Any], settings: ServerSettings) -> None:
     bound("num_inference_steps", settings.max_steps)
     for name in FRAMES_INPUTS:
         bound(name, settings.max_output_frames)
+    for name in BATCH_INPUTS:
+        bound(name, settings.max_n)
     bound("width", settings.max_side)
     bound("height", settings.max_side)
     for name in SECONDS_INPUTS:

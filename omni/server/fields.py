@@ -57,6 +57,8 @@ def spread_size(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[str,
         raise bad_request(f"size {value[:40]!a} must be WIDTHxHEIGHT in pixels, or auto", "size")
     if not {"width", "height"} <= graph.inputs.keys():
         raise bad_request("this graph takes no size: say auto, or leave it out", "size")
+    if not (int(match[1]) and int(match[2])):
+        raise bad_request(f"size {value} has no pixels", "size")
     return {"width": int(match[1]), "height": int(match[2])}
 
 
@@ -67,6 +69,8 @@ def spread_seconds(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[s
         raise bad_request("this graph takes no length: leave 'seconds' out", "seconds")
     said = next((given[name] for name in FPS_INPUTS if name in given), None)
     fps = frames_per_second(graph) if said is None else convert(said, Positive, True, "fps")
+    if not value * fps < 2**31:  # infinite, perhaps
+        raise bad_request(f"{value:g} s at {fps:g} frames per second are too many frames", "seconds")
     return {target: max(1, round(value * fps))}
 
 
@@ -263,6 +267,8 @@ def typed_value(graph: Graph, name: str, value: Any, is_form: bool = False) -> A
             return msgspec.json.decode(value)
         except msgspec.DecodeError:
             return value
+        except RecursionError:
+            raise bad_request(f"'{name}' has brackets inside brackets, far too deep", name) from None
     return value
 
 
