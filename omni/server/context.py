@@ -40,7 +40,7 @@ class Context(msgspec.Struct, frozen=True):
         """The graph of that name. Raises ApiError (404) with the nearest one."""
         if name not in self.graphs:
             served = ", ".join(sorted(self.graphs))
-            message = f"there is no graph {quoted(name, self.graphs)} (served: {served})"
+            message = f"there is no graph {quoted(name, self.graphs, ' here')} (served: {served})"
             raise not_found(message, param, "model_not_found" if param == "model" else "graph_not_found")
         return self.graphs[name]
 

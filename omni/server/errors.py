@@ -77,11 +77,11 @@ class ApiError(OmniError):
         )
 
 
-def quoted(name: str, known: Iterable[str]) -> str:
-    """A client's name in quotes, with the nearest known one; a long one is cut, and not compared."""
+def quoted(name: str, known: Iterable[str], where: str = "") -> str:
+    """A client's name in quotes, `where`, and the nearest known one; a long one is cut, and not compared."""
     if len(name) > MAX_QUOTED:
-        return f"'{name[:MAX_QUOTED]}...'"
-    return f"'{name}'{nearest(name, known)}"
+        return f"'{name[:MAX_QUOTED]}...'{where}"
+    return f"'{name}'{where}{nearest(name, known)}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:

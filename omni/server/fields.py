@@ -27,7 +27,7 @@ SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 Whole = Annotated[int, Meta(ge=1, le=2**31)]
 Real = Annotated[float, Meta(ge=-1e6, le=1e6)]
 """Bounded, so that neither infinity nor what is no number gets through."""
-Positive = Annotated[float, Meta(gt=0, le=1e6)]
+Positive = Annotated[float, Meta(gt=0, le=1e15)]
 Text = Annotated[str, Meta(min_length=0)]
 Spread = Callable[[Graph, Any, Mapping[str, Any]], dict[str, Any]]
 

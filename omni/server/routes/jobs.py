@@ -85,7 +85,7 @@ class Jobs:
     async def list_all(
         self,
         request: Request,
-        graph: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
+        graph: str | None = None,
         state: JobState | None = None,
         limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 20,
         after: str | None = None,
@@ -133,7 +133,7 @@ class Jobs:
         request: Request,
         job_id: str,
         name: str,
-        index: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
+        index: Annotated[int, Query(ge=0)] = 0,
         format: ImageFormat | None = None,
     ) -> Response:
         """One value of an output, as a file; pictures in another `format` on demand."""
