@@ -87,9 +87,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def steer(site: Site, case: Any, draw: Callable[[Any], Any]) -> None:
     """Put right values into a case here and there."""
     ids = {"job_id": site.job, "video_id": site.video, "name": lambda: "echo", "model": lambda: "painter"}
-    for name, make in ids.items():
-        if name in case.path_parameters and draw(st.booleans()):
-            case.path_parameters[name] = "text" if name == "name" and "outputs" in case.path else make()
+    if draw(st.booleans()):
+        for name in case.path_parameters:
+            case.path_parameters[name] = "text" if name == "name" and "outputs" in case.path else ids[name]()
     right = BODIES.get(case.path)
     if right is None or not isinstance(case.body, dict) or not draw(st.integers(0, 9)):
         return
