@@ -19,6 +19,7 @@ from omni.graph import Graph, base_type
 from omni.hardware import load_hardware
 from omni.inputs import build_request
 from omni.load import LoadedGraph, load_graph
+from omni.loops import new_loop, run_loop
 from omni.messages import (
     Aborted,
     Done,
@@ -220,10 +221,7 @@ class AsyncOmni:
         return build_request(self.graph, inputs, seed, request_id, preview_every)
 
     async def stream(self, request: Request | None = None, **fields: Any) -> AsyncGenerator[Event, None]:
-        """The events of one request, or of one made of `fields` as by `request`; leaving early aborts the request.
-
-        The last event is Done, Failed or Aborted.
-        """
+        """The events of one request, or of `request(**fields)`; the last is final, and leaving early aborts it."""
         runner = self.runner
         request = request or self.request(**fields)
         async with contextlib.aclosing(runner.run(request)) as events:
@@ -231,10 +229,7 @@ class AsyncOmni:
                 yield self._with_lists(event)
 
     async def generate(self, request: Request | None = None, **fields: Any) -> Result:
-        """Run one request, or one made of `fields` as by `request`, to its end.
-
-        Raises InputError, RequestFailed or RequestAborted.
-        """
+        """Run one request, or `request(**fields)`, to its end. Raises InputError, RequestFailed, RequestAborted."""
         request = request or self.request(**fields)
         builder = ResultBuilder(request, self.loaded, self.loads)
         async with contextlib.aclosing(self.stream(request)) as events:
@@ -246,6 +241,12 @@ class AsyncOmni:
     async def abort(self, request_id: str) -> bool:
         """Abort a running request. False when there is none of that id."""
         return self._runner is not None and await self._runner.abort(request_id)
+
+    async def check(self, seconds: float = 5.0) -> dict[str, str]:
+        """Stages that cannot take requests, or do not answer within `seconds` -> why; empty when all is well."""
+        if self._runner is None:
+            return dict.fromkeys(self.graph.order, "it is not loaded")
+        return await self._runner.check(seconds)
 
     def _with_lists(self, event: Event) -> Event:
         """Image outputs are always lists, whether the stage gave one or several."""
@@ -267,30 +268,6 @@ def make_plan(graph: Graph, hardware: str | Hardware | None = None, runner: Runn
     if hardware is None or isinstance(hardware, str):
         hardware = load_hardware(hardware)
     return plan_graph(graph, hardware, gather_facts(graph), runner)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where there is one (not on Windows): it wakes up quicker, and so do small hops."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop in this thread until it is stopped, then close it."""
-    try:
-        loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-    finally:
-        loop.close()
 
 
 class Omni:
@@ -333,8 +310,8 @@ class Omni:
     def _start(self) -> None:
         if self._loop is not None:
             return
-        self._loop = _new_loop()
-        self._thread = threading.Thread(target=_serve, args=(self._loop,), name="omni-loop", daemon=True)
+        self._loop = new_loop()
+        self._thread = threading.Thread(target=run_loop, args=(self._loop,), name="omni-loop", daemon=True)
         self._thread.start()
         try:
             self._call(self._omni.start(), START_SECONDS)

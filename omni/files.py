@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni.decode import ReadLimits, decode_media, only_name
 from omni.errors import InputError, UsageError
 from omni.media import Audio, Video
 from omni.transport.payload import is_array, is_image, is_tensor
@@ -34,13 +35,8 @@ SUFFIXES = {
 }
 """Type of a value -> suffixes that it can be written under; the first is the default."""
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MEDIA_FORMATS = ("mov", "mp4", "matroska", "webm", "gif", "wav", "mp3", "flac", "ogg")
-"""Containers that are read, by FFmpeg's names. No playlists: these make FFmpeg open other files and addresses."""
-MAX_PIXELS = 100_000_000
-"""A larger picture is refused: some files of a few KB unpack to gigabytes."""
-MAX_MEDIA_BYTES = 8 * 1024**3
-"""Decoded size of a clip or sound above which it is refused."""
+READ_LIMITS = ReadLimits()
+"""For files that the user names."""
 JPEG_QUALITY = 95
 VIDEO_QUALITY = "18"
 """x264's constant rate factor; 18 is hard to tell from the original."""
@@ -71,80 +67,20 @@ def items_of(value: Any) -> list[Any]:
 # Reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_media(path: str | Path, kind: str) -> Any:
+def read_media(path: str | Path, kind: str, limits: ReadLimits = READ_LIMITS) -> Any:
     """The value of a file for an input of type `kind` (image, video, audio or tensor).
 
     Pictures come upright and as RGB; see omni.media for clips and sounds. Raises InputError with the reason.
     """
-    readers = {"image": _read_image, "video": _read_video, "audio": _read_audio, "tensor": _read_tensor}
     try:
-        with open(path, "rb"):
-            pass
-        return readers[kind](str(path))
+        with open(path, "rb") as file:
+            return _read_tensor(str(path)) if kind == "tensor" else decode_media(file, kind, str(path), limits)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _read_image(path: str) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{path}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture that can be read; {', '.join(PICTURE_FORMATS)} are") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path}: too many pixels; at most {MAX_PIXELS} are read") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path} is a broken picture: {error}") from error
-
-
-def _read_video(path: str) -> Video:
-    import numpy as np
-
-    with _open_media(path) as container:
-        if not container.streams.video:
-            raise InputError(f"{path} has no video track")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        frames = []
-        size = 0
-        for frame in container.decode(stream):
-            picture = frame.to_ndarray(format="rgb24")
-            size += picture.nbytes
-            if size > MAX_MEDIA_BYTES:
-                raise InputError(f"{path}: more than {MAX_MEDIA_BYTES // 1024**3} GiB of pixels; shorten or shrink it")
-            frames.append(np.rot90(picture, frame.rotation // 90) if frame.rotation % 360 else picture)
-        if not frames:
-            raise InputError(f"{path} has no frames")
-        return Video(np.ascontiguousarray(np.stack(frames)), float(stream.average_rate or stream.guessed_rate or 16))
-
-
-def _read_audio(path: str) -> Audio:
-    import av
-    import numpy as np
-
-    with _open_media(path) as container:
-        if not container.streams.audio:
-            raise InputError(f"{path} has no sound track")
-        stream = container.streams.audio[0]
-        resampler = av.AudioResampler(format="fltp")
-        parts = []
-        size = 0
-        for frame in [*container.decode(stream), None]:
-            for converted in resampler.resample(frame):
-                parts.append(converted.to_ndarray())
-                size += parts[-1].nbytes
-            if size > MAX_MEDIA_BYTES:
-                raise InputError(f"{path}: more than {MAX_MEDIA_BYTES // 1024**3} GiB of samples; shorten it")
-        if not parts:
-            raise InputError(f"{path} has no samples")
-        return Audio(np.concatenate(parts, axis=1), stream.rate)
-
-
 def _read_tensor(path: str) -> Any:
+    """By its path, which keeps one copy in memory instead of three."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -152,23 +88,7 @@ def _read_tensor(path: str) -> Any:
         tensors = load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file: {error}") from error
-    if len(tensors) != 1:
-        raise InputError(f"{path} must hold one tensor, and holds {len(tensors)}: {', '.join(sorted(tensors))}")
-    return next(iter(tensors.values()))
-
-
-@contextlib.contextmanager
-def _open_media(path: str) -> Iterator[av.container.InputContainer]:
-    """An open clip or sound; whatever the decoder complains about becomes an InputError."""
-    import av
-
-    try:
-        options = {"format_whitelist": ",".join(MEDIA_FORMATS)}
-        with open(path, "rb") as file, av.open(file, mode="r", options=options) as container:
-            yield container
-    except av.FFmpegError as error:
-        formats = ", ".join(MEDIA_FORMATS)
-        raise InputError(f"{path} is not a clip or sound that can be read ({formats}): {error.strerror}") from error
+    return tensors[only_name(tensors, path)]
 
 
 # Writing ----------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def build_request(
     # Copies: a stage may write into what it gets, and the graph's own would change for all later requests.
     defaults = {name: copy.deepcopy(spec.default) for name, spec in specs if spec.default is not msgspec.UNSET}
     values = {**defaults, **given}
-    for name, stage in _required_fields(graph).items():
+    for name, stage in required_fields(graph).items():
         if name not in values:
             raise InputError(f"input '{name}' is missing: stage '{stage}' needs it")
     if seed is None:
@@ -76,7 +76,7 @@ def parse_field(graph: Graph, name: str, text: str) -> Any:
     return text
 
 
-def _required_fields(graph: Graph) -> dict[str, str]:
+def required_fields(graph: Graph) -> dict[str, str]:
     """Request fields that some required port reads -> that stage."""
     return {
         source.field: stage

@@ -1,7 +1,8 @@
 """The contract between a stage and the process that hosts it.
 
 A stage is set up once, then runs many requests. `run` is an async iterator: any number of `Progress`, `TextDelta`
-and `Preview` items and, last, one `Output`. Blocking work belongs into `ThreadedStage`, so that the event loop stays free.
+and `Preview` items and, last, one `Output`. Blocking work belongs into `ThreadedStage`, so that the event loop stays
+free.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class _Mailbox:
     """What a worker thread tells the event loop, in order.
 
     Waking the loop costs the worker a fraction of a millisecond of the interpreter each time, and a denoise step may
-    take no longer than ten of them; so Progress that follows other news within PROGRESS_SECONDS waits for company, and so
-    does a Preview.
+    take no longer than ten of them; so Progress or a Preview that follows other news within PROGRESS_SECONDS waits for
+    company.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

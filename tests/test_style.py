@@ -27,12 +27,15 @@ BROAD_EXCEPTS = {
     "omni/runner/process.py:run": "the same edge for a run: its error becomes a StageError",
     "omni/runner/process.py:abort": "the same edge for an abort, so that the run is given up after its grace",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",
+    "omni/server/streaming.py:_read": "hands whatever the source of events raised to the answer, which raises it again",
     "omni/server/run.py:_run_claimed": "a stored job's edge: whatever goes wrong, the job gets its end",
     "omni/server/worker.py:_repeat": "the edge of upkeep: the fault is logged, and the next round comes",
     "omni/server/writer.py:_commit": "a fault in a group of writes: each is tried again by itself",
     "omni/server/writer.py:_commit_one": "hands whatever a write raised to its caller, who raises it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
     "stages/function/stage.py:_await_call": "the same for an async function",
+    "stages/diffusion/preview.py:prepare": "a preview is never worth a failed request: one warning, and none come",
+    "stages/diffusion/preview.py:_work": "the same for a preview that is made",
     "omni/stage.py:compute": "hands whatever a worker thread raised to the event loop, which raises it again",
 }
 """`path:function` -> why it may catch everything. A handler that ends in a bare `raise` needs no entry."""

@@ -33,7 +33,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     value: float
     limit: float
     unit: str
-    """`ms`, `%` or `x`."""
+    """`ms`, `%`, `x` or `/s`."""
     at_most: bool = True
     met: bool = False
 

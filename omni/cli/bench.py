@@ -14,6 +14,8 @@ BENCHES = {
     "load": "weights from files to the device or host memory, against diffusers and raw reads",
     "offload": "denoise steps with weights that stream or take turns, against diffusers' offloading",
     "hop": "a tensor from one Ray actor to another through Omni against other ways to carry it",
+    "abort": "how soon a stage is free after an abort, over HTTP, against one of its steps",
+    "serve": "omni serve under load: latency, requests per second, memory",
 }
 """Name -> one line of help; each is a module of omni.bench with `add_arguments(parser)` and `measure(args)`."""
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, Self, TypeVar
 
@@ -19,9 +19,14 @@ STOP_SECONDS = 8.0
 
 
 class Interrupts:
-    """Turns the signals into a cancelled task while one is guarded, into KeyboardInterrupt before and after."""
+    """Turns the signals into a cancelled task while one is guarded, into KeyboardInterrupt before and after.
+
+    `stop_with(stop, seconds)` has the first signal call `stop` instead of cancelling the task.
+    """
 
     def __init__(self) -> None:
+        self._stop: Callable[[], None] | None = None
+        self._seconds = STOP_SECONDS
         self._previous: dict[int, Any] = {}
         self._task: asyncio.Task[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -35,6 +40,10 @@ class Interrupts:
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def stop_with(self, stop: Callable[[], None], seconds: float) -> None:
+        """From now on the first signal calls `stop`, in any thread; after `seconds` the process is ended."""
+        self._stop, self._seconds = stop, seconds
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; the first signal cancels it."""
@@ -51,7 +60,10 @@ class Interrupts:
         if self._task is None or self._loop is None:
             raise KeyboardInterrupt
         print("stopping; press Ctrl-C again to quit at once", file=sys.stderr)
-        timer = threading.Timer(STOP_SECONDS, os._exit, (INTERRUPTED,))
+        timer = threading.Timer(self._seconds, os._exit, (INTERRUPTED,))
         timer.daemon = True
         timer.start()
-        self._loop.call_soon_threadsafe(self._task.cancel)
+        if self._stop is not None:
+            self._stop()
+        else:
+            self._loop.call_soon_threadsafe(self._task.cancel)

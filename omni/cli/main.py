@@ -15,6 +15,7 @@ from typing import Any
 
 COMMANDS = {
     "run": "run a graph and write its outputs",
+    "serve": "serve graphs over HTTP: OpenAI's routes, jobs, a page",
     "plan": "show what would run where, and why",
     "validate": "check graph files without loading anything",
     "schema": "print the JSON Schema of graph files, for editors",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from omni.cli.progress import format_seconds
 from omni.memory import MemoryPlan
@@ -56,8 +54,3 @@ def memory_line(memory: MemoryPlan) -> str:
     if memory.step_seconds:
         parts.append(f"a step at least {format_seconds(memory.step_seconds)}")
     return f"{'; '.join(parts)}. Why: {memory.reason}"
-
-
-def memory_document(memory: MemoryPlan | None) -> dict[str, Any] | None:
-    """The memory plan as plain data, for machines."""
-    return None if memory is None else dict(msgspec.to_builtins(memory))

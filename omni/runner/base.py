@@ -136,6 +136,20 @@ class Runner(ABC):
         self._carry_out(state, state.flow.abort(reason))
         return True
 
+    async def check(self, seconds: float) -> dict[str, str]:
+        """Stages that cannot take requests, or do not answer within `seconds` -> why; empty when all is well."""
+        if self._stopping or not self._processes:
+            return dict.fromkeys(self._process_of, "it is not loaded")
+
+        async def check_one(stage: str) -> str:
+            try:
+                return await asyncio.wait_for(self._processes[self._process_of[stage]].check(stage), seconds)
+            except TimeoutError:
+                return f"it did not answer within {seconds:g} s"
+
+        answers = await asyncio.gather(*(check_one(stage) for stage in self._process_of))
+        return {stage: why for stage, why in zip(self._process_of, answers, strict=True) if why}
+
     def num_requests(self) -> int:
         """How many requests are not over."""
         return len(self._requests)

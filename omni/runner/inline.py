@@ -46,6 +46,10 @@ class DriverProcess(StageProcess):
     async def give_up(self, stage: str) -> None:
         self._stuck.add(stage)
 
+    async def check(self, stage: str) -> str:
+        is_stuck = stage in self._stuck and self._local.is_blocked(stage)
+        return "an earlier request is stuck in it" if is_stuck else ""
+
     def stage(self, name: str) -> Stage:
         """The live stage of that name. Raises KeyError."""
         return self._local.stage(name)

@@ -147,6 +147,10 @@ class StageProcess(ABC):
     async def give_up(self, stage: str) -> None:
         """A run neither ended nor stopped in time: make sure that it does no more harm."""
 
+    async def check(self, stage: str) -> str:
+        """Why a stage cannot take requests now, or an empty text. May hang when the process does."""
+        return ""
+
     @abstractmethod
     async def fetch(self, ref: Any) -> Payload:
         """Bring a delivered payload into the driver."""
@@ -378,7 +382,9 @@ def _as_event(call: RunCall, item: StageItem) -> Event:
             return StagePreview(
                 request_id=call.request_id, stage=call.stage, step=step, num_steps=num_steps, image=image
             )
-    raise TypeError(f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Preview, Output")
+    raise TypeError(
+        f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Preview, Output"
+    )
 
 
 def timeout_error(stage: str, seconds: float) -> StageTimeoutError:

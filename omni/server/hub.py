@@ -51,10 +51,18 @@ class Hub:
 
     def __init__(self) -> None:
         self._listeners: dict[str, set[Listener]] = {}
+        self.num_events = 0
+        """Events published so far."""
+
+    @property
+    def num_listeners(self) -> int:
+        """Who listens now."""
+        return sum(map(len, list(self._listeners.values())))  # a copy: other threads ask, too
 
     def publish(self, events: Iterable[JobEvent] | None) -> None:
         """Hand committed events of one job to its listeners."""
         listed = list(events or ())
+        self.num_events += len(listed)
         if listed:
             for listener in self._listeners.get(listed[0].job_id, ()):
                 listener.hear(listed)

@@ -111,6 +111,16 @@ class Service:
         """Requests of a graph that run in this process."""
         return self._dispatcher.queue.running(graph)
 
+    @property
+    def num_listeners(self) -> int:
+        """Clients that listen to a job's events here."""
+        return self._hub.num_listeners
+
+    @property
+    def num_events(self) -> int:
+        """Events of jobs that this process has stored so far."""
+        return self._hub.num_events
+
     # jobs ---------------------------------------------------------------------------------------------------------
 
     async def submit(self, order: JobOrder) -> Job:

@@ -143,7 +143,8 @@ class Webhooks:
         if self._client is None:  # redirects are not followed, and proxies of the environment not used
             self._client = httpx.AsyncClient(
                 timeout=self._settings.webhook_seconds,
-                limits=httpx.Limits(max_keepalive_connections=0),  # it could be one of another name
                 trust_env=False,
+                # Connections are kept by IP address, and the certificate was checked for the name of the first use.
+                limits=httpx.Limits(max_keepalive_connections=0),
             )
         return self._client

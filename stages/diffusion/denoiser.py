@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -27,12 +28,27 @@ DENOISER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 _current: ContextVar[DenoiseRun | None] = ContextVar("current denoise run", default=None)
 
 
+class Watcher(Protocol):
+    """Sees one request's denoising, in its thread; it must only look."""
+
+    def denoiser_called(self, arguments: dict[str, Any]) -> None:
+        """A denoiser is called with these keyword arguments."""
+
+    def noise_removed(self, scheduler: Any, answer: torch.Tensor, sample: torch.Tensor, result: Any) -> None:
+        """A noise scheduler has made `result` of `sample` and the denoiser's `answer`."""
+
+    def step_finished(self, step: int, num_steps: int) -> None:
+        """A denoise step is done and reported."""
+
+
 class DenoiseRun:
     """One request's way through its pipeline: stops it when asked, reports its denoise steps."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, watcher: Watcher | None = None) -> None:
         self._work = work
+        self.watcher = watcher
         self._step = 0
+        self._schedulers: list[Any] = []
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -52,11 +68,23 @@ class DenoiseRun:
         own = copy.copy(pipeline)
         for name, value in list(vars(own).items()):
             if isinstance(value, (SchedulerMixin, BaseGuidance)):
-                vars(own)[name] = copy.deepcopy(value)
+                vars(own)[name] = self._watched(copy.deepcopy(value))
             elif isinstance(value, DiffusionPipeline):
                 vars(own)[name] = self.fork(value)
         vars(own)["progress_bar"] = self.step_bar
         return own
+
+    def _watched(self, part: Any) -> Any:
+        """`part`; a noise scheduler tells the watcher, where there is one, about its steps."""
+        if self.watcher is not None and isinstance(part, SchedulerMixin) and hasattr(part, "step"):
+            part.__class__ = _watched_class(type(part))
+            self._schedulers.append(part)
+        return part
+
+    def noise_removed(self, scheduler: Any, arguments: dict[str, Any], result: Any) -> None:
+        """A step of a noise scheduler: tell the watcher, unless it is a pipeline's own copy, as for sound."""
+        if self.watcher is not None and any(scheduler is own for own in self._schedulers):
+            self.watcher.noise_removed(scheduler, arguments["model_output"], arguments["sample"], result)
 
     def step_bar(self, iterable: Any = None, total: int | None = None, **_: Any) -> StepBar:
         """What the fork takes for its progress bar: the pipeline's own count of its denoise steps."""
@@ -69,8 +97,11 @@ class DenoiseRun:
     def finish_step(self, steps_left: int) -> None:
         """Report one more denoise step; `steps_left` follow in this loop (a pipeline may have several loops)."""
         self._step += 1
-        self._work.emit(Progress(step=self._step, num_steps=self._step + steps_left, unit="denoise step"))
+        num_steps = self._step + steps_left
+        self._work.emit(Progress(step=self._step, num_steps=num_steps, unit="denoise step"))
         self.raise_if_aborted()
+        if self.watcher is not None:
+            self.watcher.step_finished(self._step, num_steps)
 
 
 class StepBar(tqdm):  # type: ignore[misc]
@@ -106,11 +137,29 @@ class Seam:
         run = _current.get()
         if run is not None:
             run.raise_if_aborted()
+            if run.watcher is not None:
+                run.watcher.denoiser_called(kwargs)
         return self._forward(*args, **kwargs)
 
     def remove(self) -> None:
         """Give the denoiser its own forward back."""
         del self.denoiser.forward
+
+
+@functools.cache
+def _watched_class(kind: type[Any]) -> type[Any]:
+    """A noise scheduler's class whose steps are told to the current run; its name and signatures stay."""
+    signature = inspect.signature(kind.step)
+
+    @functools.wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.step(self, *args, **kwargs)
+        run = _current.get()
+        if run is not None and {"model_output", "sample"} <= signature.parameters.keys():
+            run.noise_removed(self, signature.bind(self, *args, **kwargs).arguments, result)
+        return result
+
+    return type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

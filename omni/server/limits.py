@@ -1,0 +1,252 @@
+"""Bounds on a request as bytes: size and pace of its body, pace and size of its headers, depth of its JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from starlette.requests import ClientDisconnect
+
+from omni.errors import InputError
+from omni.server.access import AccessGuard
+from omni.server.refusal import App, Message, Receive, Scope, Send, header, refuse
+from omni.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def add_guards(app: FastAPI, settings: ServerSettings) -> None:
+    """Put body limits, access and CORS around an app; call it last in `build_app`.
+
+    `request.state.key` is then the name of the caller's API key, or an empty string.
+    """
+    from starlette.middleware.cors import CORSMiddleware
+
+    # The last one added is outermost: a browser asks for CORS without a key, and reads an error only with its headers.
+    app.add_middleware(BodyGuard, settings=settings)
+    app.add_middleware(AccessGuard, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "idempotency-key", "last-event-id", "prefer", "range"],
+            expose_headers=["content-range", "retry-after"],
+        )
+
+
+# Bodies ------------------------------------------------------------------------------------------------------------
+
+
+class BodyGuard:
+    """ASGI middleware: 413 for a body that is too large, with or without Content-Length, 408 for one too slow,
+    431 for headers that are too large in all.
+
+    The app sees its client leave, and whatever it still sends goes nowhere.
+    """
+
+    def __init__(self, app: App, settings: ServerSettings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.settings.max_header_bytes:
+            most = self.settings.max_header_bytes
+            message = f"the headers are larger than {most} bytes, the limit of this server"
+            await refuse(send, 431, message, "headers_too_large")
+            return
+        length = header(scope, b"content-length") or b""
+        if length.isdigit() and int(length) > self.settings.max_body_bytes:
+            await refuse(send, 413, self._too_large(), "body_too_large")
+            return
+        exchange = _Exchange(self, receive, send)
+        with contextlib.suppress(ClientDisconnect):
+            await self.app(scope, exchange.receive, exchange.send)
+
+    def _too_large(self) -> str:
+        return f"the body is larger than {self.settings.max_body_bytes} bytes, the limit of this server"
+
+
+class _Exchange:
+    """One request and its answer; `receive` and `send` are what the app is given."""
+
+    def __init__(self, guard: BodyGuard, receive: Receive, send: Send) -> None:
+        self._guard = guard
+        self._receive = receive
+        self._send = send
+        self._num_bytes = 0
+        self._started_at = asyncio.get_running_loop().time()
+        self._whole = False
+        self._answered = False
+        self._refused = False
+
+    async def receive(self) -> Message:
+        if self._refused:
+            return {"type": "http.disconnect"}
+        if self._whole:
+            return await self._receive()  # waits for the client to leave, which has no deadline
+        settings = self._guard.settings
+        deadline = self._started_at + settings.body_seconds + self._num_bytes / settings.min_body_rate
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"the body came too slowly: {settings.body_seconds:g} s and {settings.min_body_rate} bytes/s more"
+            return await self._refuse(408, f"{text} are allowed", "body_too_slow")
+        self._num_bytes += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._num_bytes > settings.max_body_bytes:
+            return await self._refuse(413, self._guard._too_large(), "body_too_large")
+        return message
+
+    async def _refuse(self, status: int, message: str, code: str) -> Message:
+        self._refused = True
+        if not self._answered:
+            await refuse(self._send, status, message, code)
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if not self._refused:
+            self._answered = True
+            await self._send(message)
+
+
+def form_limits(settings: ServerSettings) -> dict[str, int]:
+    """Bounds on multipart bodies, for `FastAPI(form_limits=...)` and `request.form(...)`."""
+    return {
+        "max_files": settings.max_files,
+        "max_fields": settings.max_fields,
+        "max_part_size": settings.max_field_bytes,
+    }
+
+
+# Headers -----------------------------------------------------------------------------------------------------------
+
+
+def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
+    """Keyword arguments of uvicorn.Config that bound headers, idle connections and their number."""
+    return {
+        "http": _build_protocol(settings.header_seconds),
+        "ws": "none",
+        "h11_max_incomplete_event_size": settings.max_header_bytes,
+        "timeout_keep_alive": settings.keep_alive_seconds,
+        "limit_concurrency": settings.max_connections,
+        "server_header": False,
+    }
+
+
+def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with a deadline for each request's headers; uvicorn itself waits for them for ever."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class PunctualProtocol(H11Protocol):
+        header_deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.header_deadline = self.loop.call_later(header_seconds, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch_headers()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.watch_headers()
+
+        def watch_headers(self) -> None:
+            """Start the clock with the first byte of a request's headers, and stop it after the last."""
+            is_idle = self.cycle is None or self.cycle.response_complete
+            begun = is_idle and bool(self.conn.trailing_data[0])
+            if not begun and self.header_deadline is not None:
+                self.header_deadline.cancel()
+                self.header_deadline = None
+            elif begun and self.header_deadline is None:
+                self.header_deadline = self.loop.call_later(header_seconds, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.header_deadline is not None:
+                self.header_deadline.cancel()
+            super().connection_lost(exc)
+
+    return PunctualProtocol
+
+
+# JSON --------------------------------------------------------------------------------------------------------------
+
+TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+"""Texts, and the brackets between them."""
+MAX_NUMBER = 2**63
+"""What stores, indexes and arrays hold."""
+
+
+def decode_json(body: bytes, settings: ServerSettings) -> Any:
+    """A JSON body: UTF-8, no NaN, no key twice, no lone surrogates, bounded depth and items. Raises InputError."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the body is not UTF-8 text, at byte {error.start}") from error
+    # Counted before the parser runs: it would take minutes and gigabytes, or run out of stack.
+    brackets = text.count("[") + text.count("{")
+    if brackets + text.count(",") > settings.max_json_items:
+        raise InputError(f"the body has more than {settings.max_json_items} JSON values, the limit of this server")
+    if brackets > settings.max_json_depth:
+        _check_depth(text, settings.max_json_depth)
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_number, parse_int=_whole, parse_float=_real
+        )
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"the body is not JSON: {error.msg}, {place}") from error
+    if "\\u" in text:  # the only way for lone surrogates: UTF-8 has none
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                "the body has half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            ) from error
+    return value
+
+
+def _check_depth(text: str, max_depth: int) -> None:
+    depth = 0
+    for found in TOKENS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
+        if depth > max_depth:
+            raise InputError(f"the body has brackets inside brackets, more than {max_depth} deep")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise InputError(f"the body has the field {twice[:60]!a} twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not -MAX_NUMBER <= int(digits) < MAX_NUMBER:
+        _refuse_number(digits)
+    return int(digits)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _refuse_number(text)
+    return value
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise InputError(f"the body has the number {text[:40]}, which is too large or none; numbers have up to 64 bits")
