@@ -25,7 +25,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 NUM_WORKERS = 4
 """Threads that encode, decode and copy files."""
-NAME = re.compile(r"[A-Za-z0-9_]+/[A-Za-z0-9_.-]+")
+NAME = re.compile(r"[A-Za-z0-9_]+/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class FileStore:

@@ -49,11 +49,16 @@ class JobRun:
         self._entered_at = entered_at
         self.job_id = waiting.id
         self._waiting = waiting
-        self.is_claimed = False
+        self._is_claimed = False
         self._wish: Wish | None = None
         self._reason = ""
         self._request_id = ""
         self._aborting: set[asyncio.Task[bool]] = set()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this server has claimed the job, and still has it as far as it knows."""
+        return self._is_claimed and self._wish != "lose"
 
     def end(self, wish: Wish, reason: str) -> None:
         """Ask the run to end early; a stronger wish replaces a weaker one."""
@@ -69,7 +74,7 @@ class JobRun:
         try:
             job = await context.store.claim(self.job_id, self._owner)
             if job is not None:
-                self.is_claimed = True
+                self._is_claimed = True
                 context.observer.started(waiting.id, waiting.graph, waiting.kind, began - self._entered_at)
                 outcome = await self._run_claimed(job)
         except StoreError as error:  # the job is still ours in the store: upkeep puts it back into the queue

@@ -159,7 +159,6 @@ class Service:
             )
             events = await self.store.insert(job, digest=digest, size=size, webhook=webhook)
             if events is not None:
-                self._observers.accepted(job.id, job.graph, job.kind)
                 self._worker.take_up(job)
                 return job
         await self.files.call(self.files.remove_folder, job.id)

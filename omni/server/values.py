@@ -28,7 +28,8 @@ MAX_DEPTH = 64
 """Of lists and objects inside each other."""
 MAX_INLINE_BYTES = 64 * 1024
 """Texts up to this size are kept in the job itself."""
-PNG_MODES = ("1", "L", "LA", "I", "P", "RGB", "RGBA", "I;16")
+PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+"""Pictures of other modes are stored as their bytes, those with a palette as RGBA."""
 MEDIA_TYPES = {
     ".png": "image/png",
     ".mp4": "video/mp4",
@@ -140,9 +141,12 @@ def read_inputs(files: FileStore, inputs: dict[str, Any]) -> dict[str, Any]:
 def _write_input(value: Any, kind: str, path: Path) -> dict[str, Any]:
     """Write a medium without loss; returns what the file does not tell."""
     if kind == "image":
-        image = value if value.mode in PNG_MODES else value.convert("RGB")
-        image.save(path, format="PNG", compress_level=1)
-        return {}
+        value = value.convert("RGBA") if value.mode in ("P", "PA") else value
+        if value.mode in PNG_MODES:
+            value.save(path, format="PNG", compress_level=1)
+            return {}
+        path.write_bytes(value.tobytes())
+        return {"mode": value.mode, "size": list(value.size)}
     if kind == "video":
         _write_clip(value, path)
         return {"fps": value.fps}
@@ -155,6 +159,8 @@ def _read_input(reference: dict[str, Any], path: Path) -> Any:
     if kind == "image":
         from PIL import Image
 
+        if "mode" in reference:
+            return Image.frombytes(reference["mode"], tuple(reference["size"]), path.read_bytes())
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
             return image

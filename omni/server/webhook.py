@@ -21,7 +21,7 @@ import httpx
 import msgspec
 from sqlalchemy import Connection, select, update
 
-from omni.errors import InputError
+from omni.errors import InputError, UsageError
 from omni.server.jobs import Job
 from omni.server.service_settings import ServiceSettings
 from omni.server.store import JobStore, to_json
@@ -51,7 +51,7 @@ def sign(secret: str, webhook_id: str, timestamp: int, body: bytes) -> str:
         try:
             key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
         except binascii.Error as error:
-            raise InputError("the webhook secret begins with whsec_, but no base64 follows") from error
+            raise UsageError("the webhook secret begins with whsec_, but no base64 follows") from error
     digest = hmac.new(key, f"{webhook_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
@@ -65,13 +65,11 @@ class Webhooks:
         settings: ServiceSettings,
         check_address: CheckAddress | None,
         render_job: RenderJob,
-        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
         self._check_address = check_address
         self._render_job = render_job
-        self._transport = transport
         self._client: httpx.AsyncClient | None = None
 
     async def close(self) -> None:
@@ -144,7 +142,6 @@ class Webhooks:
     def _http(self) -> httpx.AsyncClient:
         if self._client is None:  # redirects are not followed, and proxies of the environment not used
             self._client = httpx.AsyncClient(
-                transport=self._transport,
                 timeout=self._settings.webhook_seconds,
                 trust_env=False,
                 # Connections are kept by IP address, and the certificate was checked for the name of the first use.

@@ -105,16 +105,18 @@ class Worker:
     async def abort(self, job_id: str, reason: str) -> bool:
         """Abort a job that waits or runs, here or elsewhere."""
         store = self._context.store
+        run = self._runs.get(job_id)
+        if run is not None and run.is_ours:  # no need to ask the store
+            run.end("abort", reason)
+            return True
         events = await store.abort_queued(job_id, reason)
         if events is not None:
             if self._dispatcher.queue.is_waiting(job_id):
                 self._forget(job_id, "aborted")
             self._context.hub.publish(events)
             return True
-        if (run := self._runs.get(job_id)) is not None:
+        if run is not None:  # its claim is under way, here or elsewhere
             run.end("abort", reason)
-            if run.is_claimed:
-                return True
         return await store.ask_abort(job_id, reason)
 
     def _take_up(self, waiting: Waiting) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from omni.server.jobs import StoreError
 from omni.server.tables import plain
@@ -26,6 +26,7 @@ MAX_BATCH = 256
 RETRY_SECONDS = 0.05
 MAX_RETRY_SECONDS = 1.0
 CLOSE_SECONDS = 60.0
+PASSING = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN")
 log = logging.getLogger(__name__)
 
 
@@ -161,4 +162,7 @@ def _resolve(writes: list[_Write]) -> None:
 
 def _passes(error: SQLAlchemyError) -> bool:
     """Whether the fault is the database's state, and not the statement's."""
-    return isinstance(error, DBAPIError) and type(error).__name__ in ("OperationalError", "InterfaceError")
+    if not isinstance(error, (OperationalError, InterfaceError)):
+        return False
+    name = getattr(error.orig, "sqlite_errorname", None)  # SQLite calls wrong statements operational, too
+    return name is None or name.startswith(PASSING)

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
 
 from omni import AsyncOmni
 from omni.server.files import FileStore
 from omni.server.service import Service
 from omni.server.service_settings import ServiceSettings
 from omni.server.store import JobStore
+from omni.server.tables import METADATA
+from tests.server.postgres import running_postgres
 
 HERE = Path(__file__).parent
 WAIT_SECONDS = 60
@@ -28,14 +31,9 @@ QUICK = ServiceSettings(poll_seconds=0.02, heartbeat_seconds=0.1, lease_seconds=
 """Looks often, so that tests need not wait; leases are long, so that a busy machine ends none."""
 
 
-@pytest.fixture(autouse=True)
-def _functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(HERE)
-
-
 def graph_of(function: str) -> dict[str, Any]:
     """A graph of one function stage."""
-    return {"stages": {"work": {"kind": "function", "call": f"functions:{function}"}}}
+    return {"stages": {"work": {"kind": "function", "call": f"tests.server.functions:{function}"}}}
 
 
 MakeService = Callable[..., Service]
@@ -70,8 +68,8 @@ class ServerProcess:
     """tests/server/server_process.py, running."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        command = [sys.executable, str(HERE / "server_process.py"), url, str(folder), str(HERE)]
-        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+        command = [sys.executable, str(HERE / "server_process.py"), url, str(folder)]
+        environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}  # for tests.server.functions
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -125,3 +123,23 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         server.kill()
         server._thread.join(WAIT_SECONDS)
         server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a Postgres database of the tests' own; they fail where its programs are not installed."""
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty store of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/jobs.db"
+        return
+    url: str = request.getfixturevalue("postgres")
+    yield url
+    engine = create_engine(url)
+    METADATA.drop_all(engine)
+    engine.dispose()

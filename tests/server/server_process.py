@@ -1,6 +1,6 @@
 """A server in a process of its own, for tests that kill it: reads commands and prints what its clients see, as JSON.
 
-Arguments: URL of the store, folder of files, folder of this file's functions. Commands, one a line:
+Arguments: URL of the store, folder of files. Commands, one a line:
 `submit PROMPT`, `follow JOB_ID AFTER`, `stop`. Lines: {"ready": SERVER}, {"job": ID, "prompt": ...}, {"event": ...}.
 """
 
@@ -20,7 +20,7 @@ from omni.server.service import Service
 from omni.server.service_settings import ServiceSettings
 from omni.server.store import JobStore
 
-GRAPH = {"stages": {"work": {"kind": "function", "call": "functions:pass_gate"}}}
+GRAPH = {"stages": {"work": {"kind": "function", "call": "tests.server.functions:pass_gate"}}}
 SETTINGS = ServiceSettings(heartbeat_seconds=0.2, lease_seconds=2.0, poll_seconds=0.05)
 
 
@@ -55,5 +55,4 @@ async def main(url: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, sys.argv[3])
     asyncio.run(main(sys.argv[1], sys.argv[2]))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
-import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 
 from omni.server.settings import ServerSettings
 from tests.server import bombs
-from tests.server.live import live_server
+from tests.server.live import WAIT_SECONDS, live_server
 from tests.server.makers import GRAPHS
 from tests.server.raw_http import data_url
 
@@ -53,13 +53,12 @@ BODIES: dict[str, dict[str, Any]] = {
 class Site(NamedTuple):
     """A running server."""
 
-    url: str
-    session: requests.Session
+    client: httpx.Client
     schema: Any
 
     def post(self, path: str, body: Any, **headers: str) -> dict[str, Any]:
         """A right request."""
-        answer = self.session.post(f"{self.url}{path}", json=body, headers=headers)
+        answer = self.client.post(path, json=body, headers=headers)
         assert answer.status_code < 300, answer.text
         return dict(answer.json())
 
@@ -70,26 +69,27 @@ class Site(NamedTuple):
     def video(self) -> str:
         """The id of a new, finished video."""
         video = str(self.post("/v1/videos", BODIES["/v1/videos"])["id"])
-        events = self.session.get(f"{self.url}/v1/jobs/{video}/events")  # until the last one
+        events = self.client.get(f"/v1/jobs/{video}/events")  # until the last one
         assert "event: done" in events.text, events.text
         return video
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with pytest.MonkeyPatch.context() as patch, requests.Session() as session:
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent)
         with live_server(GRAPHS, SETTINGS, tmp_path_factory.mktemp("site")) as port:
             url = f"http://127.0.0.1:{port}"
-            yield Site(url, session, schemathesis.openapi.from_url(f"{url}/openapi.json"))
+            with httpx.Client(base_url=url, timeout=WAIT_SECONDS) as client:
+                yield Site(client, schemathesis.openapi.from_url(f"{url}/openapi.json"))
 
 
 def steer(site: Site, case: Any, draw: Callable[[Any], Any]) -> None:
     """Put right values into a case here and there."""
     ids = {"job_id": site.job, "video_id": site.video, "name": lambda: "echo", "model": lambda: "painter"}
-    for name, make in ids.items():
-        if name in case.path_parameters and draw(st.booleans()):
-            case.path_parameters[name] = "text" if name == "name" and "outputs" in case.path else make()
+    if draw(st.booleans()):
+        for name in case.path_parameters:
+            case.path_parameters[name] = "text" if name == "name" and "outputs" in case.path else ids[name]()
     right = BODIES.get(case.path)
     if right is None or not isinstance(case.body, dict) or not draw(st.integers(0, 9)):
         return
@@ -126,7 +126,7 @@ def run_cases(site: Site, operation: Any, count: int, codes: Counter[int]) -> No
     @given(case=operation.as_strategy(), data=st.data())
     def send(case: Any, data: st.DataObject) -> None:
         steer(site, case, data.draw)
-        response = case.call(session=site.session)
+        response = case.call()
         codes[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
 
