@@ -221,10 +221,7 @@ class AsyncOmni:
         return build_request(self.graph, inputs, seed, request_id, preview_every)
 
     async def stream(self, request: Request | None = None, **fields: Any) -> AsyncGenerator[Event, None]:
-        """The events of one request, or of one made of `fields` as by `request`; leaving early aborts the request.
-
-        The last event is Done, Failed or Aborted.
-        """
+        """The events of one request, or of `request(**fields)`; the last is final, and leaving early aborts it."""
         runner = self.runner
         request = request or self.request(**fields)
         async with contextlib.aclosing(runner.run(request)) as events:
@@ -232,10 +229,7 @@ class AsyncOmni:
                 yield self._with_lists(event)
 
     async def generate(self, request: Request | None = None, **fields: Any) -> Result:
-        """Run one request, or one made of `fields` as by `request`, to its end.
-
-        Raises InputError, RequestFailed or RequestAborted.
-        """
+        """Run one request, or `request(**fields)`, to its end. Raises InputError, RequestFailed, RequestAborted."""
         request = request or self.request(**fields)
         builder = ResultBuilder(request, self.loaded, self.loads)
         async with contextlib.aclosing(self.stream(request)) as events:

@@ -108,7 +108,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
     """The one place where errors become answers: OpenAI's shape, the right status, and no traceback."""
     told = as_api_error(error)
     if told.status >= 500:
-        log.error("%s %s: %s", request.method, request.url.path, told, exc_info=None if told is error else error)
+        cause = None if isinstance(error, OmniError) else error
+        log.error("%s %s: %s", request.method, request.url.path, told, exc_info=cause)
     return json_answer(told.body(), told.status, told.headers)
 
 

@@ -14,6 +14,7 @@ from omni.spec import DiffusionSpec, InputSpec
 DEFAULT_FPS = 16.0
 DEFAULT_STEPS = 20
 FPS_INPUTS = ("frame_rate", "fps")
+FRAMES_INPUTS = ("num_frames", "video_length")
 STEPS_INPUT = "num_inference_steps"
 WORDS = {
     "image": "a data URL, an allowed URL, or a file of a form",

@@ -20,6 +20,9 @@ from stages.diffusion.signature import (
     value_fault,
 )
 
+FROM_PICTURES = ("Img2Img", "Inpaint")
+"""In the names of pipelines that need a picture."""
+
 
 def ports(spec: DiffusionSpec, base_dir: str) -> Ports:
     """The pipeline's call parameters and media; any name when the pipeline is not known on this machine."""
@@ -86,10 +89,13 @@ def _known_signature(spec: DiffusionSpec, folder: Path | None) -> Signature | No
 
 def _inputs(signature: Signature, spec: DiffusionSpec) -> dict[str, Port]:
     # Every pipeline gives `prompt` the default None, and then refuses a call that has neither text nor embeddings.
+    # Those that start from a picture do the same with `image`.
     embedded = any("prompt_embeds" in name for name in (*spec.inputs, *spec.call))
+    pictured = any(word in signature.pipeline for word in FROM_PICTURES)
 
     def port(parameter: Parameter) -> Port:
-        required = parameter.port.required or (parameter.name == "prompt" and not embedded)
+        needed = (parameter.name == "prompt" and not embedded) or (parameter.name == "image" and pictured)
+        required = parameter.port.required or needed
         return Port(
             parameter.port.type, required=required and parameter.name not in spec.call, many=parameter.port.many
         )

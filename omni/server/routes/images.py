@@ -33,7 +33,7 @@ from omni.server.fields import translate
 from omni.server.graph_facts import output_types, steps_of
 from omni.server.job_object import output_url
 from omni.server.jobs import Job, JobOrder
-from omni.server.openapi import operation
+from omni.server.openapi import EVENTS, operation
 from omni.server.reading import read_body, split_fields
 from omni.server.stored import finish_job
 from omni.server.streaming import EventStream, ServerEvent
@@ -66,23 +66,26 @@ class Images:
 
     async def generate(self, request: Request) -> Response:
         """Draw pictures from a prompt."""
-        body, rest = split_fields(await read_body(request, self.context.settings), ImageRequest)
-        drawing = await self._prepare(request, body, rest, {})
+        form = await read_body(request, self.context.settings)
+        body, rest = split_fields(form, ImageRequest)
+        drawing = await self._prepare(request, body, rest, form.is_form, {})
         return await self._answer(request, drawing, "image_generation")
 
     async def edit(self, request: Request) -> Response:
         """Change pictures by a prompt."""
-        body, rest = split_fields(await read_body(request, self.context.settings), ImageEditRequest)
+        form = await read_body(request, self.context.settings)
+        body, rest = split_fields(form, ImageEditRequest)
         if body.image is not None and body.images is not None:
             raise bad_request("'image' and 'images' say the same thing twice", "images")
         pictures = body.image if body.image is not None else body.images
         if pictures is None:
             raise bad_request("'image' is missing", "image", "missing_required_parameter")
-        drawing = await self._prepare(request, body, rest, {"image": pictures, "mask_image": body.mask})
+        media = {"image": pictures, "mask_image": body.mask}
+        drawing = await self._prepare(request, body, rest, form.is_form, media)
         return await self._answer(request, drawing, "image_edit")
 
     async def _prepare(
-        self, request: Request, body: ImageRequest, rest: dict[str, Any], media: dict[str, Any]
+        self, request: Request, body: ImageRequest, rest: dict[str, Any], is_form: bool, media: dict[str, Any]
     ) -> Drawing:
         settings = self.context.settings
         if body.n > settings.max_n:
@@ -95,7 +98,14 @@ class Images:
             raise bad_request("'partial_images' needs \"stream\": true", "partial_images")
         name = self.context.choose(body.model, "image")
         omni = self.context.graphs[name]
-        raw = translate(omni.graph, rest, "image", extra=body.extra_body, allow_unknown=settings.allow_unknown_fields)
+        raw = translate(
+            omni.graph,
+            rest,
+            "image",
+            extra=body.extra_body,
+            is_form=is_form,
+            allow_unknown=settings.allow_unknown_fields,
+        )
         if "background" in omni.graph.inputs:
             raw["background"] = body.background
         elif body.background == "transparent":
@@ -236,7 +246,7 @@ def build_router(context: Context) -> APIRouter:
     router, images = APIRouter(tags=["OpenAI"]), Images(context)
     described: dict[str, Any] = {
         "answer": ImagesAnswer,
-        "content": {"text/event-stream": {"type": "string"}},
+        "content": EVENTS,
         "api": "image",
         "errors": ERRORS,
         "headers": ("Idempotency-Key",),

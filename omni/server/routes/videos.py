@@ -17,7 +17,7 @@ from omni.server.context import Context, idempotency_key, key_of
 from omni.server.encoding import encode_image
 from omni.server.errors import ApiError, bad_request, not_found
 from omni.server.fields import translate
-from omni.server.graph_facts import default_of, frames_per_second
+from omni.server.graph_facts import FRAMES_INPUTS, default_of, frames_per_second
 from omni.server.jobs import Job, JobOrder
 from omni.server.openapi import FILE, operation
 from omni.server.reading import Body, read_body, split_fields
@@ -133,7 +133,7 @@ def describe(graph: Graph, inputs: dict[str, Any]) -> dict[str, Any]:
         values = (inputs.get(name, default_of(graph, name)) for name in names)
         return next((value for value in values if isinstance(value, (int, float)) and value), None)
 
-    width, height, num_frames = said("width"), said("height"), said("num_frames")
+    width, height, num_frames = said("width"), said("height"), said(*FRAMES_INPUTS)
     seconds = said("seconds", "duration")
     if seconds is None and num_frames is not None:
         seconds = num_frames / (said("frame_rate", "fps") or frames_per_second(graph))

@@ -88,8 +88,7 @@ def _unpatch(grid: Tensor, channels: int) -> Tensor:
 
 
 def _per_channel(vae: nn.Module, name: str) -> Tensor | None:
-    value = vae.config.get(name)
-    value = getattr(vae, name, None) if value is None else value
+    value = vae.config[name] if name in vae.config else getattr(vae, name, None)  # LTX keeps them as buffers
     return None if value is None else torch.as_tensor(value, dtype=torch.float32)
 
 
