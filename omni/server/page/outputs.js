@@ -34,7 +34,7 @@ async function showOutput(job, { name, value, index }, num, signal) {
     "figcaption",
     {},
     el("span", { class: "name", textContent: title }),
-    el("span", { class: "hint", textContent: `${value.media_type}, ${size(value.bytes)}` }),
+    el("span", { class: "hint", textContent: `${value.media_type.split(";")[0]}, ${size(value.bytes)}` }),
     shown.copy && iconButton("copy", `Copy ${title}`, () => navigator.clipboard?.writeText(shown.copy)),
     el("a", { class: "button", href: shown.href ?? (await mediaUrl(path, signal)), download: file }, icon("down"), "Download"),
   );
