@@ -77,7 +77,7 @@ class Cable:
 
 
 class Site:
-    """Apps on ports of their own, on one event loop in a thread: `urls[name]`, and `cables[name]` at `cable_urls[name]`."""
+    """Apps on one event loop in a thread. `urls[name]` leads to an app, `cable_urls[name]` through `cables[name]`."""
 
     def __init__(self, apps: Apps) -> None:
         self.apps = apps
