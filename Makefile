@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	if $$name -c '$(USABLE)' >/dev/null 2>&1; then echo $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test fuzz check format clean
 
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z]+:.*##/ {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ demo: $(INSTALLED)  ## draw demo.png: an LLM rewrites a prompt, a diffusion mode
 
 test: $(INSTALLED)  ## run the whole test suite, without the tests that need a GPU
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+fuzz: $(INSTALLED)  ## send the server 5,000 made-up requests, of which the test suite sends 300
+	@OMNI_FUZZ_CASES=5000 $(BIN)/python -m pytest -s tests/server/test_schemathesis.py
 
 check: $(INSTALLED)  ## lint, format, types, architecture and style
 	$(BIN)/ruff check --output-format concise

@@ -188,6 +188,7 @@ def test_make_alone_lists_the_targets(root: Path, tmp_path: Path) -> None:
         "help",
         "demo",
         "test",
+        "fuzz",
         "check",
         "format",
         "clean",

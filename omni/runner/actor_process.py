@@ -86,16 +86,22 @@ class ActorProcess(StageProcess):
     async def ready(self, request_id: str, stage: str) -> None:
         if self._life is not None:
             return
-        if self._building is None or self._building.done():
-            self._building = asyncio.create_task(self._build(lambda progress: None))
+        building = self._replace()
         aborted = self._waiting[request_id, stage] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait((self._building, aborted), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((building, aborted), return_when=asyncio.FIRST_COMPLETED)
             if aborted.done():
                 raise RequestAborted(request_id)
-            self._building.result()
+            building.result()
         finally:
             del self._waiting[request_id, stage]
+
+    def _replace(self) -> asyncio.Task[None]:
+        """Start a process in place of the one that died, once."""
+        if self._building is None or self._building.done():
+            self._building = asyncio.create_task(self._build(lambda progress: None))
+            self._building.add_done_callback(lambda task: task.cancelled() or task.exception())  # none may wait for it
+        return self._building
 
     async def _build(self, report: Report) -> None:
         """Start the process and load its stages. Raises StageSetupError; then the process is gone again."""
@@ -249,7 +255,8 @@ class ActorProcess(StageProcess):
 
     async def check(self, stage: str) -> str:
         if self._life is None:
-            return "its process died; the next request gets a new one"
+            self._replace()
+            return "its process died, and another one starts"
         try:
             await self.ping()
         except RayError as error:

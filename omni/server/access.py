@@ -136,6 +136,8 @@ class AccessGuard:
         self.app = app
         self.keys = settings.api_keys
         self.trusted_hosts = settings.trusted_hosts
+        if self.trusted_hosts and settings.public_url:
+            self.trusted_hosts += (urlsplit(settings.public_url).hostname or "",)
         self.origins = frozenset(origin.rstrip("/").lower() for origin in settings.cors_origins)
         self.own_origin = _origin_of(settings.public_url)
 

@@ -10,8 +10,8 @@ from fastapi import Request
 
 from omni.api import AsyncOmni
 from omni.errors import InputError
-from omni.graph import Graph, base_type, nearest
-from omni.server.errors import ApiError, bad_request, not_found
+from omni.graph import Graph, base_type
+from omni.server.errors import ApiError, bad_request, not_found, quoted
 from omni.server.graph_facts import FRAMES_INPUTS, output_types
 from omni.server.media_inputs import MediaReader
 from omni.server.service import Service
@@ -20,6 +20,7 @@ from omni.server.settings import ServerSettings
 MEDIA = ("image", "video", "audio", "tensor")
 REFERENCES = ("image_url", "url")
 """Keys of an object that stands for a medium."""
+BATCH_INPUTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 SECONDS_INPUTS = ("seconds", "duration", "audio_end_in_s", "audio_length_in_s")
 
 
@@ -39,8 +40,7 @@ class Context(msgspec.Struct, frozen=True):
         """The graph of that name. Raises ApiError (404) with the nearest one."""
         if name not in self.graphs:
             served = ", ".join(sorted(self.graphs))
-            close = nearest(name, self.graphs)
-            message = f"there is no graph '{name}' here{close} (served: {served})"
+            message = f"there is no graph {quoted(name, self.graphs)} (served: {served})"
             raise not_found(message, param, "model_not_found" if param == "model" else "graph_not_found")
         return self.graphs[name]
 
@@ -73,8 +73,12 @@ class Context(msgspec.Struct, frozen=True):
         inputs: dict[str, Any] = {}
         for name, value in raw.items():
             kind = base_type(graph.inputs[name].type) if name in graph.inputs else "any"
+            if isinstance(value, bytes) and kind not in MEDIA:
+                raise bad_request(f"'{name}' takes {'text' if kind == 'text' else 'a value'}, not a file", name)
             if kind in MEDIA:
                 value = await self.read_medium(value, kind, name)
+            elif hasattr(value, "read"):
+                raise bad_request(f"'{name}' must be a value, not a file", name)
             if name in graph.inputs and graph.inputs[name].type.startswith("list[") and not isinstance(value, list):
                 value = [value]
             inputs[name] = value
@@ -113,6 +117,8 @@ def check_bounds(inputs: Mapping[str, Any], settings: ServerSettings) -> None:
     bound("num_inference_steps", settings.max_steps)
     for name in FRAMES_INPUTS:
         bound(name, settings.max_output_frames)
+    for name in BATCH_INPUTS:
+        bound(name, settings.max_n)
     bound("width", settings.max_side)
     bound("height", settings.max_side)
     for name in SECONDS_INPUTS:

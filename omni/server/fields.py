@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from omni.graph import Graph, base_type, nearest
-from omni.server.errors import ApiError, bad_request
+from omni.graph import Graph, base_type
+from omni.server.errors import MAX_QUOTED, ApiError, bad_request, quoted
 from omni.server.graph_facts import FPS_INPUTS, FRAMES_INPUTS, frames_per_second
 from omni.server.reading import convert
 
@@ -25,7 +25,9 @@ SEEN: tuple[Api, ...] = ("image", "video")
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 Whole = Annotated[int, Meta(ge=1, le=2**31)]
-Positive = Annotated[float, Meta(gt=0)]
+Real = Annotated[float, Meta(ge=-1e6, le=1e6)]
+"""Bounded, so that neither infinity nor what is no number gets through."""
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
 Text = Annotated[str, Meta(min_length=0)]
 Spread = Callable[[Graph, Any, Mapping[str, Any]], dict[str, Any]]
 
@@ -55,6 +57,8 @@ def spread_size(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[str,
         raise bad_request(f"size {value[:40]!a} must be WIDTHxHEIGHT in pixels, or auto", "size")
     if not {"width", "height"} <= graph.inputs.keys():
         raise bad_request("this graph takes no size: say auto, or leave it out", "size")
+    if not (int(match[1]) and int(match[2])):
+        raise bad_request(f"size {value} has no pixels", "size")
     return {"width": int(match[1]), "height": int(match[2])}
 
 
@@ -65,6 +69,8 @@ def spread_seconds(graph: Graph, value: Any, given: Mapping[str, Any]) -> dict[s
         raise bad_request("this graph takes no length: leave 'seconds' out", "seconds")
     said = next((given[name] for name in FPS_INPUTS if name in given), None)
     fps = frames_per_second(graph) if said is None else convert(said, Positive, True, "fps")
+    if not value * fps < 2**31:  # infinite, perhaps
+        raise bad_request(f"{value:g} s at {fps:g} frames per second are too many frames", "seconds")
     return {target: max(1, round(value * fps))}
 
 
@@ -103,28 +109,28 @@ PARAMETERS = (
     Parameter(
         names=("guidance_scale", "cfg_scale"),
         inputs=("guidance_scale",),
-        type=float,
+        type=Real,
         description="Strength of the prompt.",
         apis=MADE,
     ),
     Parameter(
         names=("guidance_scale_2",),
         inputs=("guidance_scale_2",),
-        type=float,
+        type=Real,
         description="Strength of the prompt in the second denoiser.",
         apis=SEEN,
     ),
     Parameter(
         names=("true_cfg_scale",),
         inputs=("true_cfg_scale",),
-        type=float,
+        type=Real,
         description="Strength of the prompt, for distilled models.",
         apis=SEEN,
     ),
     Parameter(
         names=("flow_shift", "shift"),
         inputs=("flow_shift", "shift"),
-        type=float,
+        type=Real,
         description="Shift of the noise schedule.",
         apis=SEEN,
     ),
@@ -243,9 +249,8 @@ def own_inputs(graph: Graph, given: Mapping[str, Any], *, is_form: bool = False)
     """Values for the graph's own inputs; None counts as left out. Raises ApiError for a name that it does not have."""
     for name in given:
         if name not in graph.inputs:
-            close = nearest(name, graph.inputs)
-            message = f"unknown input '{name}'{close} (this graph takes: {_listed(graph)})"
-            raise bad_request(message, name, "unknown_parameter")
+            message = f"unknown input {quoted(name, graph.inputs)} (this graph takes: {_listed(graph)})"
+            raise bad_request(message, name[:MAX_QUOTED], "unknown_parameter")
     values = {name: value for name, value in given.items() if value is not None}
     return {name: typed_value(graph, name, value, is_form) for name, value in values.items()}
 
@@ -262,6 +267,8 @@ def typed_value(graph: Graph, name: str, value: Any, is_form: bool = False) -> A
             return msgspec.json.decode(value)
         except msgspec.DecodeError:
             return value
+        except RecursionError:
+            raise bad_request(f"'{name}' has brackets inside brackets, far too deep", name) from None
     return value
 
 
@@ -274,8 +281,8 @@ def _only(name: str, value: Any, only: Any) -> dict[str, Any]:
 def _unknown(graph: Graph, name: str, api: Api) -> ApiError:
     known = [*graph.inputs, *(n for p in PARAMETERS if api in p.apis for n in p.names)]
     return bad_request(
-        f"unknown parameter '{name}'{nearest(name, known)} (this graph takes: {_listed(graph)})",
-        name,
+        f"unknown parameter {quoted(name, known)} (this graph takes: {_listed(graph)})",
+        name[:MAX_QUOTED],
         "unknown_parameter",
     )
 

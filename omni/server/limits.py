@@ -45,7 +45,8 @@ def add_guards(app: FastAPI, settings: ServerSettings) -> None:
 
 
 class BodyGuard:
-    """ASGI middleware: 413 for a body that is too large, with or without Content-Length, 408 for one too slow.
+    """ASGI middleware: 413 for a body that is too large, with or without Content-Length, 408 for one too slow,
+    431 for headers that are too large in all.
 
     The app sees its client leave, and whatever it still sends goes nowhere.
     """
@@ -57,6 +58,11 @@ class BodyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self.settings.max_header_bytes:
+            most = self.settings.max_header_bytes
+            message = f"the headers are larger than {most} bytes, the limit of this server"
+            await refuse(send, 431, message, "headers_too_large")
             return
         length = header(scope, b"content-length") or b""
         if length.isdigit() and int(length) > self.settings.max_body_bytes:

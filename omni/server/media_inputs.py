@@ -90,8 +90,8 @@ class MediaReader:
     async def resolve(self, value: Any, media_type: MediaType, name: str, *, alpha: bool = False) -> Any:
         """A PIL image, omni.media.Video, omni.media.Audio or tensor, or a list of them for a list.
 
-        `value` is bytes, a starlette UploadFile, a data URL, an allowed http(s) URL, or a list of these; `name` is the
-        field, for messages; `alpha` keeps the transparency of a picture (RGBA, else RGB). Raises InputError.
+        `value` is bytes (an upload), a data URL, an allowed http(s) URL, or a list of these; `name` is the field, for
+        messages; `alpha` keeps the transparency of a picture (RGBA, else RGB). Raises InputError.
         """
         if not isinstance(value, list):
             return await self._resolve_one(value, media_type, name, alpha)
@@ -120,15 +120,11 @@ class MediaReader:
             raise InputError(
                 f"input '{name}' must be a data URL, an http(s) URL or an upload; no file of the server is opened"
             )
-        if isinstance(value, bytes):
-            data = value
-        elif callable(read := getattr(value, "read", None)):  # a starlette UploadFile
-            data = await read(settings.max_media_bytes + 1)
-        else:
+        if not isinstance(value, bytes):
             raise InputError(f"input '{name}' must be a data URL, an http(s) URL or an upload, not {_kind(value)}")
-        if len(data) > settings.max_media_bytes:
+        if len(value) > settings.max_media_bytes:
             raise InputError(f"input '{name}' has more than {settings.max_media_bytes} bytes, the limit of this server")
-        return data
+        return value
 
 
 def _kind(value: Any) -> str:

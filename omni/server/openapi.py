@@ -26,6 +26,9 @@ ERRORS = {
     504: "The request took too long.",
 }
 FILE = {"type": "string", "format": "binary"}
+EVENT = {"type": "object", "properties": {name: {"type": "string"} for name in ("event", "data", "id")}}
+"""One server-sent event; its data is JSON."""
+EVENTS = {"text/event-stream": EVENT}
 
 
 def operation(
@@ -33,6 +36,7 @@ def operation(
     *,
     answer: Any = None,
     status: int = 200,
+    also: Sequence[int] = (),
     content: dict[str, Any] | None = None,
     body: type[msgspec.Struct] | None = None,
     api: Api | None = None,
@@ -42,15 +46,15 @@ def operation(
 ) -> dict[str, Any]:
     """Arguments of a route that describe it.
 
-    `answer` is the struct of its JSON, `content` describes what it may answer besides (media type -> schema), `api`
-    adds the parameters of omni/server/fields.py to `body`, `files` name the fields of a form that are files, `headers`
-    the request headers that it reads.
+    `answer` is the struct of its JSON, sent with `status` or one of `also`; `content` describes what it may answer
+    besides (media type -> schema), `api` adds the parameters of omni/server/fields.py to `body`, `files` name the
+    fields of a form that are files, `headers` the request headers that it reads.
     """
     answers: dict[str, Any] = {}
     if answer is not None:
         answers["application/json"] = {"schema": reference(answer)}
     answers |= {media_type: {"schema": schema} for media_type, schema in (content or {}).items()}
-    described: dict[int | str, Any] = {status: {"description": summary, "content": answers}}
+    described: dict[int | str, Any] = {code: {"description": summary, "content": answers} for code in (status, *also)}
     for code in errors:
         described[code] = {"description": ERRORS[code], "content": {"application/json": {"schema": _error()}}}
     extra: dict[str, Any] = {}

@@ -8,21 +8,62 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from omni.server.errors import ApiError, bad_request
-from omni.server.limits import decode_json
+from omni.server.limits import decode_json, form_limits
 from omni.server.settings import ServerSettings
 
 T = TypeVar("T", bound=msgspec.Struct)
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+MULTIPART = "multipart/form-data"
+FORMS = (MULTIPART, "application/x-www-form-urlencoded")
 BRACKETS = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 """`name`, `name[]` (an item of a list) or `name[key]` (an entry of an object), as OpenAI's client writes them."""
 PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
 MISSING = re.compile(r"Object missing required field `([^`]+)`")
 
 
+class WholeParser(MultiPartParser):
+    """starlette's parser, which itself drops a part that the body ends in, and reads broken UTF-8 as Latin-1."""
+
+    is_whole = False
+
+    def on_end(self) -> None:
+        self.is_whole = True
+
+    def on_part_begin(self) -> None:
+        self._charset = "utf-8"  # whatever the header says
+        super().on_part_begin()
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is None:
+            try:
+                part.data.decode()
+            except UnicodeDecodeError as error:
+                raise MultiPartException(f"the form's field {part.field_name[:60]!a} is not UTF-8 text") from error
+        super().on_part_end()
+
+
+async def read_parts(request: Request, limits: dict[str, int]) -> list[tuple[str, Any]]:
+    """Names and values of a form, a file as its bytes: a client's name of it goes no further. Raises ApiError."""
+    parser = WholeParser(request.headers, request.stream(), **limits)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise bad_request(error.message, None, "invalid_form") from None
+    try:
+        if not parser.is_whole:
+            raise bad_request("the form ends before its last boundary: it is not whole", None, "invalid_form")
+        items = form.multi_items()
+        return [(name, await value.read() if isinstance(value, UploadFile) else value) for name, value in items]
+    finally:
+        await form.close()
+
+
 class Body(msgspec.Struct, frozen=True):
-    """The fields of a request; a file is a starlette UploadFile."""
+    """The fields of a request; a file is bytes."""
 
     fields: dict[str, Any]
     is_form: bool
@@ -33,9 +74,10 @@ async def read_body(request: Request, settings: ServerSettings) -> Body:
     """The body as fields: a JSON object, or a form. Fields that are null count as left out. Raises ApiError."""
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type in FORMS:
-        form = await request.form(
-            max_files=settings.max_files, max_fields=settings.max_fields, max_part_size=settings.max_field_bytes
-        )
+        limits = form_limits(settings)
+        if media_type == MULTIPART:
+            return Body(_nested(await read_parts(request, limits)), True)
+        form = await request.form(**limits)
         return Body(_nested(list(form.multi_items())), True)
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(

@@ -347,10 +347,12 @@ def test_a_stage_that_does_not_stop_is_refused_until_it_has() -> None:
         refused = (await collect(omni, prompt="y", seed=1))[-1]
         assert isinstance(refused, Failed)
         assert refused.error.cause.startswith("an earlier request is stuck in it")
+        assert await omni.check() == {"a": "an earlier request is stuck in it"}
         release_deaf.set()
         while isinstance((last := (await collect(omni, prompt="z", seed=1))[-1]), Failed):
             assert last.error.cause == refused.error.cause
         assert isinstance(last, Aborted)  # the double of a request that is held ends as if aborted
+        assert await omni.check() == {}
 
     run_graph("inline", stages, work)
 

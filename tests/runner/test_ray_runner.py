@@ -89,8 +89,10 @@ def test_a_death_fails_its_request_and_the_next_one_gets_a_new_process() -> None
 def test_a_process_that_dies_while_idle_costs_no_request() -> None:
     async def work(omni: AsyncOmni) -> None:
         expected = (await omni.generate(prompt="x", seed=1)).text
+        assert await omni.check() == {}
         os.kill((await ping(omni, "a")).pid, signal.SIGKILL)
         await eventually(lambda: process_of(omni, "a")._life is None)
+        assert await omni.check() == {"a": "its process died, and another one starts"}
         results = await asyncio.gather(*(omni.generate(prompt="x", seed=1) for _ in range(5)))
         assert {result.text for result in results} == {expected}
 

@@ -18,7 +18,7 @@ from omni.server.errors import ApiError
 from omni.server.fields import translate
 from omni.server.graph_facts import output_types
 from omni.server.jobs import JobOrder
-from omni.server.openapi import FILE, operation
+from omni.server.openapi import EVENTS, FILE, operation
 from omni.server.reading import read_body, split_fields
 from omni.server.streaming import EventStream, ServerEvent
 
@@ -99,9 +99,7 @@ def build_router(context: Context) -> APIRouter:
         "/v1/audio/speech",
         sounds.speak,
         methods=["POST"],
-        **operation(
-            "Speak a text", body=SpeechRequest, content=content | {"text/event-stream": {"type": "string"}}, **described
-        ),
+        **operation("Speak a text", body=SpeechRequest, content=content | EVENTS, **described),
     )
     router.add_api_route(
         "/v1/audio/generations",

@@ -44,7 +44,7 @@ from omni.server.errors import bad_request
 from omni.server.fields import translate
 from omni.server.graph_facts import output_types
 from omni.server.jobs import JobOrder
-from omni.server.openapi import operation
+from omni.server.openapi import EVENTS, operation
 from omni.server.reading import read_body, split_fields
 from omni.server.streaming import END, EventStream, ServerEvent
 
@@ -205,7 +205,7 @@ def build_router(context: Context) -> APIRouter:
         **operation(
             "Answer a conversation",
             answer=ChatCompletion,
-            content={"text/event-stream": {"type": "string"}},
+            content=EVENTS,
             body=ChatRequest,
             api="chat",
             errors=ERRORS,

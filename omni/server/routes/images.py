@@ -33,7 +33,7 @@ from omni.server.fields import translate
 from omni.server.graph_facts import output_types, steps_of
 from omni.server.job_object import output_url
 from omni.server.jobs import Job, JobOrder
-from omni.server.openapi import operation
+from omni.server.openapi import EVENTS, operation
 from omni.server.reading import read_body, split_fields
 from omni.server.stored import finish_job
 from omni.server.streaming import EventStream, ServerEvent
@@ -246,7 +246,7 @@ def build_router(context: Context) -> APIRouter:
     router, images = APIRouter(tags=["OpenAI"]), Images(context)
     described: dict[str, Any] = {
         "answer": ImagesAnswer,
-        "content": {"text/event-stream": {"type": "string"}},
+        "content": EVENTS,
         "api": "image",
         "errors": ERRORS,
         "headers": ("Idempotency-Key",),

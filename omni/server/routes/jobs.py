@@ -22,13 +22,15 @@ from omni.server.errors import bad_request, not_found
 from omni.server.fields import own_inputs
 from omni.server.job_object import JobDeleted, JobList, JobObject, job_object
 from omni.server.jobs import Job, JobOrder, JobState, OutputFile
-from omni.server.openapi import operation, reference
+from omni.server.openapi import EVENTS, operation, reference
 from omni.server.reading import Body, convert, read_body
 from omni.server.stored import open_image, wait_for_end
 from omni.server.streaming import EventStream, ServerEvent
 
 WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,6})(?:$|[,;\s])")
 MAX_LIST = 100
+MAX_SEQUENCE = 10**18
+JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 WRITE_ERRORS = (400, 401, 404, 409, 413, 415, 429, 500, 503)
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 """What a graph made is data: a browser that opens it runs nothing in it."""
@@ -43,7 +45,7 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Makes the job repeatable, 0 to 4294967295; drawn at random when left out."""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     """Higher runs first."""
-    preview_every: Annotated[int, Meta(ge=0)] = 0
+    preview_every: Annotated[int, Meta(ge=0, le=100_000)] = 0
     """Denoise steps from one preview to the next; 0: none."""
     webhook: str | None = None
     """An allowed address that is told when the job is over."""
@@ -83,13 +85,15 @@ class Jobs:
     async def list_all(
         self,
         request: Request,
-        graph: str | None = None,
+        graph: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
         state: JobState | None = None,
         limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 20,
         after: str | None = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
         """Jobs, the newest first."""
+        if graph is not None and not graph.isprintable():
+            raise bad_request("query parameter 'graph': is no name of a graph", "graph")
         jobs = await self.context.service.list_jobs(
             graph=graph,
             state=state,
@@ -108,13 +112,13 @@ class Jobs:
         self,
         request: Request,
         job_id: str,
-        after: Annotated[int, Query(ge=0)] = 0,
+        after: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> Response:
         """What happens to a job, as server-sent events: from the first, or from the one after a number."""
         job = await find_job(self.context, request, job_id)
         if last_event_id is not None:
-            if not last_event_id.isascii() or not last_event_id.isdigit() or len(last_event_id) > 18:
+            if not re.fullmatch(r"[0-9]{1,18}", last_event_id, re.ASCII):
                 raise bad_request("Last-Event-ID must be the number of an event", "Last-Event-ID")
             after = int(last_event_id)
         return EventStream(self._events(job, after), self.context.settings.request_seconds)
@@ -129,7 +133,7 @@ class Jobs:
         request: Request,
         job_id: str,
         name: str,
-        index: Annotated[int, Query(ge=0)] = 0,
+        index: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
         format: ImageFormat | None = None,
     ) -> Response:
         """One value of an output, as a file; pictures in another `format` on demand."""
@@ -151,7 +155,8 @@ class Jobs:
 
 async def find_job(context: Context, request: Request, job_id: str, kind: str | None = None) -> Job:
     """A job that the caller may see: another key's jobs are not there for it. Raises ApiError (404)."""
-    job = await context.service.get(job_id)
+    # Only what may be an id reaches the store: some databases fail at a NUL in a text.
+    job = await context.service.get(job_id) if JOB_ID.fullmatch(job_id) else None
     if job is None or job.key != key_of(request) or kind not in (None, job.kind):
         raise not_found(f"there is no {kind or 'job'} {job_id[:60]!a}", "id", f"{kind or 'job'}_not_found")
     return job
@@ -178,6 +183,8 @@ def split_job(body: Body) -> tuple[JobRequest, dict[str, Any]]:
         asked = msgspec.json.decode(text if isinstance(text, str) else "", type=JobRequest)
     except msgspec.MsgspecError as error:
         raise bad_request(f"the form's field 'request' must hold JSON: {error}", "request") from None
+    except RecursionError:
+        raise bad_request("the form's field 'request' has brackets inside brackets, far too deep", "request") from None
     if both := sorted(asked.inputs.keys() & fields.keys()):
         raise bad_request(f"'{both[0]}' is in 'request' and beside it", both[0])
     return asked, {**asked.inputs, **fields}
@@ -201,6 +208,7 @@ def build_router(context: Context) -> APIRouter:
                 "summary": "Make a job",
                 "answer": JobObject,
                 "status": 202,
+                "also": (200,),
                 "body": JobRequest,
                 "files": ("request",),
                 "errors": WRITE_ERRORS,
@@ -213,7 +221,7 @@ def build_router(context: Context) -> APIRouter:
             "GET",
             "/v1/jobs/{job_id}/events",
             jobs.events,
-            {"summary": "What happens to a job", "content": {"text/event-stream": {"type": "string"}}},
+            {"summary": "What happens to a job", "content": EVENTS},
         ),
         (
             "GET",
@@ -225,7 +233,11 @@ def build_router(context: Context) -> APIRouter:
             "DELETE",
             "/v1/jobs/{job_id}",
             jobs.delete,
-            {"summary": "Abort or remove a job", "answer": {"anyOf": [reference(JobObject), reference(JobDeleted)]}},
+            {
+                "summary": "Abort or remove a job",
+                "answer": {"anyOf": [reference(JobObject), reference(JobDeleted)]},
+                "also": (202,),
+            },
         ),
     )
     for method, path, handler, described in routes:

@@ -25,7 +25,7 @@ from tests.server.page.chromium import ARGUMENTS, chromium
 from tests.server.page.gated import GATE, Gate, gated_stages
 from tests.server.page.site import Site
 
-SECRET = "open-sesame"
+SECRET = "open-sesame-open-sesame"
 TIMEOUT_MS = 15_000
 GRAPHS = {
     "paint": {

@@ -167,7 +167,9 @@ def test_by_keyboard_only(page: Page, gate: Gate) -> None:
     for wanted in ("graph", "input-1"):
         page.keyboard.press("Tab")
         expect(page.locator(f"#{wanted}")).to_be_focused()
-        style = page.evaluate("(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))")
+        style = page.evaluate(
+            "(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
+        )
         assert style == ["solid", "3px"]
     page.keyboard.type("a green disc")
     page.keyboard.press("Control+Enter")
@@ -180,7 +182,11 @@ def test_by_keyboard_only(page: Page, gate: Gate) -> None:
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.innerText"))
+        reached.add(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.innerText"
+            )
+        )
     controls = "[...document.querySelectorAll('button, select, textarea, input, summary, a[href]')]"
     missed = page.evaluate(
         f"(reached) => {controls}.filter((e) => e.checkVisibility()).map((e) => e.id || e.ariaLabel || e.innerText)"

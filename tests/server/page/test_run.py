@@ -195,7 +195,9 @@ def test_wrong_values_are_told_at_their_place(page: Page) -> None:
 def test_another_graph_with_numbers_and_json(page: Page) -> None:
     page.get_by_label("Graph", exact=True).select_option("shout")
     expect(page.get_by_text("Says it louder.")).to_be_visible()
-    expect(page.locator("#plan-image")).to_have_attribute("alt", "Drawing of the plan of shout: its stages, and where they run")
+    expect(page.locator("#plan-image")).to_have_attribute(
+        "alt", "Drawing of the plan of shout: its stages, and where they run"
+    )
     assert page.locator("#plan-image").evaluate("async image => (await image.decode(), image.naturalWidth)") > 50
     page.get_by_text("More inputs").click()
     marks = page.get_by_label("Marks")
