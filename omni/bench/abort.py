@@ -9,11 +9,8 @@ alone.
 from __future__ import annotations
 
 import argparse
-import http.client
 import random
 import re
-import select
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
@@ -22,6 +19,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from omni.choices import RunnerChoice
 
 if TYPE_CHECKING:
+    import socket
+
     from omni.bench.job_events import Heard, WatchedJob
     from omni.bench.report import Report, Target
     from omni.bench.serve_api import Api
@@ -126,6 +125,8 @@ class Trials:
 
     def hang_up(self, repeat: int) -> None:
         """Abort by closing the connection of a synchronous call, `repeat` times."""
+        import http.client
+
         freed = self.seconds.setdefault(CLOSED, [])
         for _ in self._tries(freed, repeat):
             connection = http.client.HTTPConnection(self._server.host, self._server.port)
@@ -172,6 +173,8 @@ class Trials:
 
     def _await_running(self, number: int, answer: socket.socket | None = None) -> None:
         """Wait until so many requests run, or until there is an answer."""
+        import select
+
         from omni.bench.job_events import WAIT_SECONDS
         from omni.errors import OmniError
 

@@ -26,7 +26,7 @@ from omni.server.settings import ServerSettings
 from omni.server.store import JobStore
 from omni.testing import doubles
 
-STEPS = 12
+STEPS = 18
 STEP_SECONDS = 0.03
 
 
@@ -77,13 +77,9 @@ def test_aborts_are_measured_against_a_step(monkeypatch: pytest.MonkeyPatch, tmp
     report = measured(monkeypatch, tmp_path, {"kind": "double", "steps": STEPS, "step_seconds": STEP_SECONDS})
     assert report.correct
     rows = {row.name: row for row in report.sections[0].rows}
-    assert {name: row.num_runs for name, row in rows.items()} == {
-        abort.STEP: abort.ALONE,
-        abort.DELETED: 2,
-        abort.TOLD: 2,
-        abort.HEALTH: 2,
-        abort.CLOSED: 2,
-    }
+    counts = {name: row.num_runs for name, row in rows.items()}
+    assert counts.pop(abort.HEALTH) >= 2, "one for each try"
+    assert counts == {abort.STEP: abort.ALONE, abort.DELETED: 2, abort.TOLD: 2, abort.CLOSED: 2}
     assert rows[abort.STEP].median_ms >= STEP_SECONDS * 1000
     assert all(row.min_ms > 0 for row in rows.values())
     assert report.notes[0].startswith(f"stage work: {STEPS} steps in ")
