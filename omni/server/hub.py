@@ -40,10 +40,15 @@ class Listener:
             async with asyncio.timeout(LOOK_SECONDS):
                 await self._news.wait()
         self._news.clear()
-        heard = [event for event in self._pending if event.sequence > self.last]
+        heard: list[JobEvent] = []
+        missing = False
+        for event in self._pending:
+            number = self.last + len(heard) + 1
+            if event.sequence == number:
+                heard.append(event)
+            missing = missing or event.sequence > number
         self._pending.clear()
-        follows = heard and heard[0].sequence == self.last + 1
-        return heard if follows and heard[-1].sequence == self.last + len(heard) else []
+        return [] if missing else heard
 
 
 class Hub:

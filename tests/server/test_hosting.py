@@ -56,7 +56,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def started() -> list[str]:
     """Prompts that the graph has begun to work on."""
-    found: list[str] = importlib.import_module("functions").started
+    found: list[str] = importlib.import_module("tests.server.functions").started
     found.clear()
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert
 
@@ -110,6 +110,7 @@ async def test_unknown_jobs_have_no_events(store: JobStore) -> None:
 
 
 @settings(max_examples=50)
+@example(4, [5, 5, 7])
 @given(st.integers(0, 5), st.lists(st.integers(1, 9), max_size=9))
 def test_only_what_follows_is_taken_from_the_hub(last: int, told: list[int]) -> None:
     async def take() -> list[JobEvent]:
