@@ -17,7 +17,7 @@ REMEDY = (
     "the tests of the page need Chromium, and it could be neither found nor installed: "
     f"as root, run apt-get update && apt-get install -y --no-install-recommends {PACKAGE}"
 )
-ARGUMENTS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update")
+ARGUMENTS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-gpu")
 """No sandbox: it refuses to run as root. The others keep it from calling anyone."""
 
 

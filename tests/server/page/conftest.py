@@ -26,7 +26,7 @@ from tests.server.page.gated import GATE, Gate, gated_stages
 from tests.server.page.site import Site
 
 SECRET = "open-sesame-open-sesame"
-TIMEOUT_MS = 15_000
+TIMEOUT_MS = 30_000
 GRAPHS = {
     "paint": {
         "description": "Paints a disc, one stroke at a time.",

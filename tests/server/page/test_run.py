@@ -115,6 +115,10 @@ def test_a_lost_connection_resumes(tabs: Callable[[], Page], site: Site, gate: G
     page = tabs()
     visit(page, site.cable_urls["open"])
     cable = site.cables["open"]
+    resumed: list[str | None] = []
+    page.on(
+        "request", lambda asked: asked.url.endswith("/events") and resumed.append(asked.headers.get("last-event-id"))
+    )
     start(page, "a blue disc")
     gate.let(1)
     stroke(page, 1)
@@ -128,6 +132,8 @@ def test_a_lost_connection_resumes(tabs: Callable[[], Page], site: Site, gate: G
     finished(page)
     text = page.locator("#stages li").first.locator(".text")
     expect(text).to_have_text("painting a blue disc")  # once: no event was heard again
+    assert resumed[0] is None
+    assert all(int(number or 0) >= 3 for number in resumed[1:])  # queued, started, text ... were heard before the cut
 
 
 def test_upload_and_the_same_upload_again(page: Page, gate: Gate, tmp_path: Path) -> None:
