@@ -88,7 +88,7 @@ def test_wheel_metadata(metadata: Message, project: dict[str, Any]) -> None:
     assert metadata["Version"] == project["project"]["version"]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_all("Provides-Extra") == ["test", "audio"]
+    assert metadata.get_all("Provides-Extra") == ["test", "audio", "plots", "postgres", "tracing"]
     assert str(metadata.get_payload()).startswith("# Omni")
 
 

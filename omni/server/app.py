@@ -22,7 +22,7 @@ from omni.server.media_inputs import MediaReader
 from omni.server.metrics import GraphLoad, Load, Metrics, MetricsMiddleware, MetricsObserver
 from omni.server.metrics import build_router as build_metrics_router
 from omni.server.openapi import describe
-from omni.server.routes import audio, chat, graphs, health, images, jobs, models, page, videos
+from omni.server.routes import audio, chat, graphs, health, images, job_inputs, jobs, models, page, videos
 from omni.server.service import Service
 from omni.server.settings import ServerSettings
 from omni.server.timing import TimingMiddleware
@@ -81,7 +81,7 @@ def build_app(
         telemetry=telemetry_of(tracing),
     )
     context = Context(service, settings, MediaReader(settings))
-    for module in (images, videos, audio, chat, models, graphs, jobs, health):
+    for module in (images, videos, audio, chat, models, graphs, jobs, job_inputs, health):
         app.include_router(module.build_router(context))
     app.include_router(build_metrics_router(metrics, service.store.counts))
     app.include_router(page.build_router(settings))

@@ -10,8 +10,8 @@ from fastapi import Request
 
 from omni.api import AsyncOmni
 from omni.errors import InputError
-from omni.graph import Graph, base_type, nearest
-from omni.server.errors import ApiError, bad_request, not_found
+from omni.graph import Graph, base_type
+from omni.server.errors import ApiError, bad_request, not_found, quoted
 from omni.server.graph_facts import FRAMES_INPUTS, output_types
 from omni.server.media_inputs import MediaReader
 from omni.server.service import Service
@@ -40,8 +40,7 @@ class Context(msgspec.Struct, frozen=True):
         """The graph of that name. Raises ApiError (404) with the nearest one."""
         if name not in self.graphs:
             served = ", ".join(sorted(self.graphs))
-            close = nearest(name, self.graphs)
-            message = f"there is no graph '{name}' here{close} (served: {served})"
+            message = f"there is no graph {quoted(name, self.graphs, ' here')} (served: {served})"
             raise not_found(message, param, "model_not_found" if param == "model" else "graph_not_found")
         return self.graphs[name]
 
@@ -78,6 +77,8 @@ class Context(msgspec.Struct, frozen=True):
                 raise bad_request(f"'{name}' takes {'text' if kind == 'text' else 'a value'}, not a file", name)
             if kind in MEDIA:
                 value = await self.read_medium(value, kind, name)
+            elif hasattr(value, "read"):
+                raise bad_request(f"'{name}' must be a value, not a file", name)
             if name in graph.inputs and graph.inputs[name].type.startswith("list[") and not isinstance(value, list):
                 value = [value]
             inputs[name] = value

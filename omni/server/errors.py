@@ -5,7 +5,7 @@ from __future__ import annotations
 import http
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,10 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from omni.errors import InputError, OmniError, RequestAborted, RequestFailed, StageError, UsageError
+from omni.graph import nearest
 from omni.server.jobs import Draining, IdempotencyConflict, QueueFull
 
 DRAIN_RETRY_SECONDS = 5
 """When another try is worth it while this server stops: another one should have taken over by then."""
+MAX_QUOTED = 100
+"""Characters of a client's text in a message."""
 NAMED_INPUT = re.compile(r"(?:unknown )?input '([^']+)'|(seed|preview_every) must")
 
 
@@ -72,6 +75,13 @@ class ApiError(OmniError):
         return ErrorAnswer(
             error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code, stage=self.stage)
         )
+
+
+def quoted(name: str, known: Iterable[str], where: str = "") -> str:
+    """A client's name in quotes, `where`, and the nearest known one; a long one is cut, and not compared."""
+    if len(name) > MAX_QUOTED:
+        return f"'{name[:MAX_QUOTED]}...'{where}"
+    return f"'{name}'{where}{nearest(name, known)}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:

@@ -91,14 +91,15 @@ class FairQueue:
 
     def take(self) -> Entry | None:
         """The next entry that may run; it runs from now on, until `release`."""
-        for graph, slots in self._slots.items():
-            if self._waiting_in[graph] and self._running_in[graph] < slots:
-                entry = self._next(graph)
-                if entry is not None:
-                    self._leave_lane(entry)
-                    self._start(entry)
-                    return entry
-        return None
+        # Graphs compete for a key's cap only: the better of their next ones goes first.
+        able = [graph for graph, slots in self._slots.items() if self._running_in[graph] < slots]
+        found = [entry for graph in able if self._waiting_in[graph] and (entry := self._next(graph)) is not None]
+        if not found:
+            return None
+        entry = min(found, key=lambda each: (-each.priority, each.age))
+        self._leave_lane(entry)
+        self._start(entry)
+        return entry
 
     def release(self, entry_id: str) -> None:
         """A running entry has ended."""

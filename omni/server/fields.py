@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from omni.graph import Graph, base_type, nearest
-from omni.server.errors import ApiError, bad_request
+from omni.graph import Graph, base_type
+from omni.server.errors import MAX_QUOTED, ApiError, bad_request, quoted
 from omni.server.graph_facts import FPS_INPUTS, FRAMES_INPUTS, frames_per_second
 from omni.server.reading import convert
 
@@ -25,7 +25,9 @@ SEEN: tuple[Api, ...] = ("image", "video")
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 Whole = Annotated[int, Meta(ge=1, le=2**31)]
-Positive = Annotated[float, Meta(gt=0)]
+Real = Annotated[float, Meta(ge=-1e6, le=1e6)]
+"""Bounded, so that neither infinity nor what is no number gets through."""
+Positive = Annotated[float, Meta(gt=0, le=1e15)]
 Text = Annotated[str, Meta(min_length=0)]
 Spread = Callable[[Graph, Any, Mapping[str, Any]], dict[str, Any]]
 
@@ -107,28 +109,28 @@ PARAMETERS = (
     Parameter(
         names=("guidance_scale", "cfg_scale"),
         inputs=("guidance_scale",),
-        type=float,
+        type=Real,
         description="Strength of the prompt.",
         apis=MADE,
     ),
     Parameter(
         names=("guidance_scale_2",),
         inputs=("guidance_scale_2",),
-        type=float,
+        type=Real,
         description="Strength of the prompt in the second denoiser.",
         apis=SEEN,
     ),
     Parameter(
         names=("true_cfg_scale",),
         inputs=("true_cfg_scale",),
-        type=float,
+        type=Real,
         description="Strength of the prompt, for distilled models.",
         apis=SEEN,
     ),
     Parameter(
         names=("flow_shift", "shift"),
         inputs=("flow_shift", "shift"),
-        type=float,
+        type=Real,
         description="Shift of the noise schedule.",
         apis=SEEN,
     ),
@@ -247,9 +249,8 @@ def own_inputs(graph: Graph, given: Mapping[str, Any], *, is_form: bool = False)
     """Values for the graph's own inputs; None counts as left out. Raises ApiError for a name that it does not have."""
     for name in given:
         if name not in graph.inputs:
-            close = nearest(name, graph.inputs)
-            message = f"unknown input '{name}'{close} (this graph takes: {_listed(graph)})"
-            raise bad_request(message, name, "unknown_parameter")
+            message = f"unknown input {quoted(name, graph.inputs)} (this graph takes: {_listed(graph)})"
+            raise bad_request(message, name[:MAX_QUOTED], "unknown_parameter")
     values = {name: value for name, value in given.items() if value is not None}
     return {name: typed_value(graph, name, value, is_form) for name, value in values.items()}
 
@@ -280,8 +281,8 @@ def _only(name: str, value: Any, only: Any) -> dict[str, Any]:
 def _unknown(graph: Graph, name: str, api: Api) -> ApiError:
     known = [*graph.inputs, *(n for p in PARAMETERS if api in p.apis for n in p.names)]
     return bad_request(
-        f"unknown parameter '{name}'{nearest(name, known)} (this graph takes: {_listed(graph)})",
-        name,
+        f"unknown parameter {quoted(name, known)} (this graph takes: {_listed(graph)})",
+        name[:MAX_QUOTED],
         "unknown_parameter",
     )
 

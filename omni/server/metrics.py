@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -36,9 +36,6 @@ from omni.messages import (
 )
 from omni.server.jobs import StoreError
 from omni.server.observer import Observer
-
-if TYPE_CHECKING:
-    from omni.server.service import Service
 
 SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -304,20 +301,6 @@ class MetricsMiddleware:
 def route_of(scope: Scope) -> str:
     """The template of the route that took a request, `/v1/jobs/{job_id}`; the raw path has no bound."""
     return getattr(scope.get("route"), "path", "") or NO_ROUTE
-
-
-def watch_service(metrics: Metrics, service: Service) -> MetricsObserver:
-    """Let `metrics` show what a service does and how busy it is. The observer wants to know of loads, too."""
-    observer = MetricsObserver(metrics, service.graphs)
-    service.observe(observer)
-    metrics.watch(
-        lambda: Load(
-            graphs={graph: GraphLoad(service.waiting(graph), service.running(graph)) for graph in service.graphs},
-            num_listeners=service.num_listeners,
-            num_events=service.num_events,
-        )
-    )
-    return observer
 
 
 def build_router(metrics: Metrics, count_jobs: CountJobs | None = None) -> APIRouter:

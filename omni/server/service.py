@@ -159,6 +159,7 @@ class Service:
             )
             events = await self.store.insert(job, digest=digest, size=size, webhook=webhook)
             if events is not None:
+                self._hub.publish(events)
                 self._observers.accepted(job.id, job.graph, job.kind)
                 self._worker.take_up(job)
                 return job

@@ -17,6 +17,7 @@ from omni.messages import Aborted, Done, Event, Failed, Queued, StagePreview, St
 from omni.server.jobs import Job, JobEvent, JobOrder, StoreError
 from omni.server.media_inputs import parse_data_url
 from omni.server.service import Service
+from omni.server.timing import note_graph_seconds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,6 +47,8 @@ async def wait_for_end(service: Service, job: Job) -> None:
     if not job.is_final:
         async for event in service.events(job.id):
             if event.is_final:
+                if event.type == "done":
+                    note_graph_seconds(event.data["seconds"])
                 return
 
 

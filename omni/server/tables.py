@@ -114,10 +114,14 @@ def connect(url: str) -> tuple[Engine, Engine]:
     except ImportError as error:
         raise StoreError(f"{shown}: needs the package '{error.name}'; pip install 'omni-stages[postgres]'") from error
     try:
+        if parsed.get_backend_name() == "sqlite":  # what clients sent is nobody else's affair
+            Path(parsed.database or "").parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make_tables(engines[0])
-    except (SQLAlchemyError, OSError) as error:
+    except (SQLAlchemyError, OSError, StoreError) as error:
         for engine in engines:
             engine.dispose()
+        if isinstance(error, StoreError):
+            raise
         raise StoreError(f"{shown}: the job store cannot be opened: {plain(error)}") from error
     return engines
 
@@ -132,7 +136,6 @@ def _sqlite(url: str) -> tuple[Engine, Engine]:
     database = make_url(url).database
     if not database or database == ":memory:":
         raise StoreError(f"{url}: jobs in memory would not survive; name a file: sqlite:///FOLDER/jobs.db")
-    Path(database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what clients sent is nobody else's affair
     # `isolation_level=None` keeps sqlite3 from opening transactions of its own.
     arguments: dict[str, Any] = {"isolation_level": None, "check_same_thread": False}
     writing, reading = create_engine(url, connect_args=arguments), create_engine(url, connect_args=arguments)

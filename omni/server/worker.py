@@ -105,6 +105,9 @@ class Worker:
     async def abort(self, job_id: str, reason: str) -> bool:
         """Abort a job that waits or runs, here or elsewhere."""
         store = self._context.store
+        if (run := self._runs.get(job_id)) is not None and run.is_claimed:  # it runs here: no need to ask the store
+            run.end("abort", reason)
+            return True
         events = await store.abort_queued(job_id, reason)
         if events is not None:
             if self._dispatcher.queue.is_waiting(job_id):

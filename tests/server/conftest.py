@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
 
 from omni import AsyncOmni
 from omni.server.files import FileStore
 from omni.server.service import Service
 from omni.server.service_settings import ServiceSettings
 from omni.server.store import JobStore
+from omni.server.tables import METADATA
+from tests.server.postgres import running_postgres
 
 HERE = Path(__file__).parent
 WAIT_SECONDS = 60
@@ -125,3 +128,23 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         server.kill()
         server._thread.join(WAIT_SECONDS)
         server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a Postgres database of the tests' own; they fail where its programs are not installed."""
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty store of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/jobs.db"
+        return
+    url: str = request.getfixturevalue("postgres")
+    yield url
+    engine = create_engine(url)
+    METADATA.drop_all(engine)
+    engine.dispose()

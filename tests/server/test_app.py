@@ -306,6 +306,7 @@ GET /v1/graphs/{name}/plan.svg
 GET /v1/jobs
 GET /v1/jobs/{job_id}
 GET /v1/jobs/{job_id}/events
+GET /v1/jobs/{job_id}/inputs/{name}
 GET /v1/jobs/{job_id}/outputs/{name}
 GET /v1/models
 GET /v1/models/{model}

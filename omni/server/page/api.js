@@ -95,6 +95,8 @@ export const listJobs = (filter) => get(`v1/jobs?${query(filter)}`);
 export const getJob = (id, signal) => get(`v1/jobs/${encodeURIComponent(id)}`, signal);
 export const deleteJob = (id) => call(`v1/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
 export const planPath = (graph) => `v1/graphs/${encodeURIComponent(graph)}/plan.svg`;
+export const inputPath = (id, name, index) =>
+  `v1/jobs/${encodeURIComponent(id)}/inputs/${encodeURIComponent(name)}?index=${index}`;
 export const outputPath = (id, name, index) =>
   `v1/jobs/${encodeURIComponent(id)}/outputs/${encodeURIComponent(name)}?index=${index}`;
 

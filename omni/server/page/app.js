@@ -1,6 +1,6 @@
 /** The page: ties the form, the job that is looked at, the history and the address together. */
 
-import { ApiError, FINAL, deleteJob, getJob, hasKey, listGraphs, mediaUrl, onKeyNeeded, planPath, setKey, startJob } from "./api.js";
+import { ApiError, FINAL, deleteJob, getJob, hasKey, inputPath, listGraphs, mediaUrl, onKeyNeeded, planPath, setKey, startJob } from "./api.js";
 import { askOnce, byId, el, icon } from "./dom.js";
 import { Form } from "./form.js";
 import { History } from "./history.js";
@@ -16,6 +16,8 @@ let graph = null;
 let form = null;
 const forms = new Map();
 let starting = false;
+/** Escape was pressed before the server had answered with the job. */
+let regretted = false;
 
 const view = new JobView((job) => past.set(job));
 const past = new History({ open: openJob, again, remove, attempt });
@@ -85,12 +87,14 @@ async function run() {
   if (!form.check() || wrong) return;
   const { inputs, files } = form.read();
   starting = true;
+  regretted = false;
   byId("run").setAttribute("aria-disabled", true);
   await attempt(async () => {
     const job = await startJob(graph.name, { inputs, seed: value, preview_every: PREVIEW_EVERY }, files);
     byId("announce").textContent = "Queued";
     past.set(job);
     openJob(job);
+    if (regretted) await remove(job);
   });
   byId("run").removeAttribute("aria-disabled");
   starting = false;
@@ -119,7 +123,7 @@ async function again(job) {
   await attempt(async () => {
     if (graph.name !== job.graph) await chooseGraph(job.graph);
     byId("seed").value = job.seed;
-    await form.fill(job.inputs);
+    await form.fill(job.inputs, (name, value) => [value].flat().map((_, index) => inputPath(job.id, name, index)));
     form.focus();
     byId("announce").textContent = "The form holds what this job was asked";
   });
@@ -200,9 +204,10 @@ function pressed(event) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
     event.preventDefault();
     run();
-  } else if (event.key === "Escape" && view.running && !document.querySelector("dialog[open]")) {
+  } else if (event.key === "Escape" && (starting || view.running) && !document.querySelector("dialog[open]")) {
     event.preventDefault();
-    remove(view.job);
+    if (starting) regretted = true;
+    else remove(view.job);
   }
 }
 

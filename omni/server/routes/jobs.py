@@ -45,7 +45,7 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Makes the job repeatable, 0 to 4294967295; drawn at random when left out."""
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     """Higher runs first."""
-    preview_every: Annotated[int, Meta(ge=0)] = 0
+    preview_every: Annotated[int, Meta(ge=0, le=100_000)] = 0
     """Denoise steps from one preview to the next; 0: none."""
     webhook: str | None = None
     """An allowed address that is told when the job is over."""

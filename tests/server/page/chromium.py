@@ -35,8 +35,7 @@ def chromium() -> str:
     with (Path(tempfile.gettempdir()) / "omni-tests-chromium.lock").open("w") as lock:
         # The lock is given back when its holder ends, and apt-get ends by its own deadline.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = find_chromium() or install(deadline)
-    return found
+        return find_chromium() or install(deadline)
 
 
 def install(deadline: float) -> str:

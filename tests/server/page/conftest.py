@@ -6,7 +6,7 @@ Playwright's sync API keeps an event loop in this thread, so nothing in this fol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from tests.server.page.chromium import ARGUMENTS, chromium
 from tests.server.page.gated import GATE, Gate, gated_stages
 from tests.server.page.site import Site
 
-SECRET = "open-sesame"
+SECRET = "open-sesame-open-sesame"
 TIMEOUT_MS = 15_000
 GRAPHS = {
     "paint": {
@@ -89,23 +89,37 @@ def gate() -> Iterator[Gate]:
     GATE.close()
 
 
+@pytest.fixture(scope="package")
+def profile(browser: Browser) -> Iterator[BrowserContext]:
+    """One profile for all tests: with a new one for each, most of the time goes into loading the page."""
+    profile = browser.new_context()
+    profile.set_default_timeout(TIMEOUT_MS)
+    yield profile
+    profile.close()
+
+
 @pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A fresh profile. Fails the test for anything that the page threw, or that its own policy refused."""
-    context = browser.new_context(viewport={"width": 1360, "height": 900})
-    context.set_default_timeout(TIMEOUT_MS)
+def tabs(profile: BrowserContext) -> Iterator[Callable[[], Page]]:
+    """Opens empty tabs. Fails the test for anything that the page threw, or that its own policy refused."""
     faults: list[str] = []
-    context.on("weberror", lambda error: faults.append(str(error.error)))
-    context.on("console", lambda told: faults.append(told.text) if "Content Security Policy" in told.text else None)
-    yield context
-    context.close()
+
+    def open_tab() -> Page:
+        page = profile.new_page()
+        page.set_viewport_size({"width": 1360, "height": 900})
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda told: faults.append(told.text) if "Content Security Policy" in told.text else None)
+        return page
+
+    yield open_tab
+    for page in profile.pages:
+        page.close()
     assert not faults, faults
 
 
 @pytest.fixture
-def page(context: BrowserContext, site: Site, gate: Gate) -> Page:
+def page(tabs: Callable[[], Page], site: Site, gate: Gate) -> Page:
     """The page, ready."""
-    page = context.new_page()
+    page = tabs()
     visit(page, site.urls["open"])
     return page
 

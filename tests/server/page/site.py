@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -76,7 +77,7 @@ class Cable:
 
 
 class Site:
-    """Apps on ports of their own, on one event loop in a thread: `urls[name]`, and `cables[name]` at `cable_urls[name]`."""
+    """Apps on one event loop in a thread. `urls[name]` leads to an app, `cable_urls[name]` through `cables[name]`."""
 
     def __init__(self, apps: Apps) -> None:
         self.apps = apps
@@ -84,7 +85,6 @@ class Site:
         self.cables: dict[str, Cable] = {}
         self.cable_urls: dict[str, str] = {}
         self.ready = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), name="site", daemon=True)
 
     async def serve(self) -> None:
         """Run everything until `stop`."""
@@ -128,12 +128,14 @@ class Site:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Site]:
-        """Serve inside the block."""
-        self.thread.start()
-        assert self.ready.wait(START_SECONDS)
-        assert self.thread.is_alive(), "the site did not start"
-        try:
-            yield self
-        finally:
-            self.loop.call_soon_threadsafe(self.over.set)
-            self.thread.join(START_SECONDS)
+        """Serve inside the block; raises what kept the site from starting."""
+        with ThreadPoolExecutor(1, "site") as pool:
+            serving = pool.submit(lambda: asyncio.run(self.serve()))
+            assert self.ready.wait(START_SECONDS)
+            if not self.urls:
+                serving.result(START_SECONDS)
+            try:
+                yield self
+            finally:
+                self.loop.call_soon_threadsafe(self.over.set)
+                serving.result(START_SECONDS)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import Page, expect
 
 from tests.server.page.conftest import visit
 from tests.server.page.gated import Gate
@@ -47,11 +47,15 @@ CONTRASTS = """(selector) => {
 }"""
 """Contrast of each visible text and each edge of a control with what is behind it, by WCAG 2.2."""
 
-NAMELESS = """() => [...document.querySelectorAll("input, select, textarea, button, a[href], summary, img, video, audio, progress")]
+NAMELESS = """() => [...document.querySelectorAll(
+        "input, select, textarea, button, a[href], summary, img, video, audio, progress")]
     .filter((element) => element.checkVisibility())
     .filter((element) => !(element.labels?.length || element.getAttribute("aria-label") || element.textContent.trim()
         || element.getAttribute("alt") !== null || element.querySelector("img[alt]")))
     .map((element) => element.outerHTML)"""
+
+
+NAME_OF = "(element) => element.id || element.ariaLabel || element.innerText"
 
 
 def failing(page: Page, gate: Gate) -> None:
@@ -59,10 +63,10 @@ def failing(page: Page, gate: Gate) -> None:
     page.get_by_text("More inputs").click()
     page.get_by_label("Prompt").first.fill("fail")
     gate.let(1)
-    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("^Run")).click()
     expect(page.locator("#job-state")).to_have_text("Failed")
     page.get_by_label("Prompt").first.fill("")
-    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("^Run")).click()
     expect(page.get_by_text("Prompt is needed.")).to_be_visible()
 
 
@@ -70,19 +74,20 @@ def succeeding(page: Page, gate: Gate) -> None:
     """A page with a result."""
     page.get_by_label("Prompt").first.fill("a red disc")
     gate.let(4)
-    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("^Run")).click()
     expect(page.locator("#outputs figure")).to_have_count(2)
 
 
 @pytest.mark.parametrize("show", [failing, succeeding])
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_contrast(page: Page, gate: Gate, theme: str, show: Callable[[Page, Gate], None]) -> None:
-    page.emulate_media(color_scheme=theme, reduced_motion="reduce")  # type: ignore[arg-type]
-    show(page, gate)
-    found = page.evaluate(CONTRASTS, "body *")
-    assert len(found) > 20
+def test_contrast(page: Page, gate: Gate, show: Callable[[Page, Gate], None]) -> None:
     least = {"text": MIN_CONTRAST, "edge": MIN_EDGE_CONTRAST}
-    assert not [fault for fault in found if fault[2] < least[fault[1]]]
+    page.emulate_media(reduced_motion="reduce")
+    show(page, gate)
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]
+        found = page.evaluate(CONTRASTS, "body *")
+        assert len(found) > 20
+        assert not [(theme, *fault) for fault in found if fault[2] < least[fault[1]]]
 
 
 def test_contrast_is_measured(page: Page) -> None:
@@ -96,8 +101,8 @@ def test_everything_has_a_name(page: Page, gate: Gate, show: Callable[[Page, Gat
     assert page.evaluate(NAMELESS) == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map((element) => element.id)")
     assert len(ids) == len(set(ids))
-    referred = """[...document.querySelectorAll("[aria-describedby], [aria-labelledby], label[for]")].flatMap((element) =>
-        ["aria-describedby", "aria-labelledby", "for"].flatMap((name) => element.getAttribute(name)?.split(" ") ?? []))"""
+    referred = """["aria-describedby", "aria-labelledby", "for"].flatMap((name) =>
+        [...document.querySelectorAll(`[${name}]`)].flatMap((element) => element.getAttribute(name).split(" ")))"""
     assert set(page.evaluate(referred)) <= set(ids)
 
 
@@ -151,7 +156,7 @@ def test_news_are_announced(page: Page, gate: Gate) -> None:
     status = page.get_by_role("status").first
     expect(status).to_have_attribute("aria-live", "polite")
     page.get_by_label("Prompt").first.fill("a red disc")
-    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("^Run")).click()
     expect(status).to_have_text("draw has started")
     gate.let(1)
     expect(status).to_have_text("draw: brush stroke 1 of 4")
@@ -167,10 +172,7 @@ def test_by_keyboard_only(page: Page, gate: Gate) -> None:
     for wanted in ("graph", "input-1"):
         page.keyboard.press("Tab")
         expect(page.locator(f"#{wanted}")).to_be_focused()
-        style = page.evaluate(
-            "(({outlineStyle, outlineWidth}) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
-        )
-        assert style == ["solid", "3px"]
+        assert page.evaluate("getComputedStyle(document.activeElement).outline").endswith("solid 3px")
     page.keyboard.type("a green disc")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#job-state")).to_have_text("Running")
@@ -182,18 +184,10 @@ def test_by_keyboard_only(page: Page, gate: Gate) -> None:
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.add(
-            page.evaluate(
-                "document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.innerText"
-            )
-        )
+        reached.add(page.evaluate(f"({NAME_OF})(document.activeElement)"))
     controls = "[...document.querySelectorAll('button, select, textarea, input, summary, a[href]')]"
-    missed = page.evaluate(
-        f"(reached) => {controls}.filter((e) => e.checkVisibility()).map((e) => e.id || e.ariaLabel || e.innerText)"
-        ".filter((name) => !reached.includes(name))",
-        sorted(reached),
-    )
-    assert missed == []
+    visible = f"{controls}.filter((element) => element.checkVisibility())"
+    assert set(page.evaluate(f"{visible}.map({NAME_OF})")) <= reached
 
 
 def ground(page: Page) -> tuple[int, ...]:
@@ -224,8 +218,8 @@ def test_themes(page: Page) -> None:
     assert sum(ground(page)) > 700
 
 
-def test_on_a_phone(context: BrowserContext, site: Site, gate: Gate) -> None:
-    page = context.new_page()
+def test_on_a_phone(tabs: Callable[[], Page], site: Site, gate: Gate) -> None:
+    page = tabs()
     page.set_viewport_size({"width": 360, "height": 740})
     visit(page, site.urls["open"])
     succeeding(page, gate)
@@ -240,7 +234,7 @@ def test_on_a_phone(context: BrowserContext, site: Site, gate: Gate) -> None:
 
 def test_without_motion(page: Page, gate: Gate) -> None:
     page.get_by_label("Prompt").first.fill("a red disc")
-    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("^Run")).click()
     bar = page.get_by_role("progressbar", name="Progress of draw")
     expect(bar).not_to_have_attribute("value", re.compile(".*"))  # it runs, and its steps are not known yet
     motion = "(bar) => getComputedStyle(bar).animationName"

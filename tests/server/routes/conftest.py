@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 START_SECONDS = 120
 STOP_SECONDS = 60
 PROGRAM = "from omni.cli.main import entry; entry()"
+DEMOS = ("draw", "edit", "video", "tell")
 GRAPHS = {
-    "tell": "stages:\n  say: {kind: llm, model: MODELS/captioner}\n",
     "film": "inputs: {prompt: text, num_frames: json, width: json, height: json}\n"
     "stages:\n  shoot: {kind: function, call: 'studio:film'}\n",
     "voice": "inputs: {prompt: text, speed: json}\nstages:\n  speak: {kind: function, call: 'studio:speak'}\n",
@@ -38,9 +38,9 @@ class Served(NamedTuple):
 @pytest.fixture(scope="session")
 def served(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serve")
-    graphs = [str(root / "configs/draw.yaml"), str(root / "configs/edit.yaml")]
+    graphs = [str(root / "configs" / f"{name}.yaml") for name in DEMOS]
     for name, text in GRAPHS.items():
-        (folder / f"{name}.yaml").write_text(text.replace("MODELS", str(root / "configs/models/shapes")))
+        (folder / f"{name}.yaml").write_text(text)
         graphs.append(str(folder / f"{name}.yaml"))
     command = [sys.executable, "-c", PROGRAM, "serve", *graphs, "--port", "0", "--state-dir", str(folder / "state")]
     process = subprocess.Popen(

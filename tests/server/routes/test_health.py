@@ -24,7 +24,7 @@ def known() -> Iterator[None]:
 
 def test_a_running_server_is_ready(served: Served) -> None:
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{served.url}/ready").json()["graphs"] == ["draw", "edit", "tell", "film", "voice"]
+    assert httpx.get(f"{served.url}/ready").json()["graphs"] == ["draw", "edit", "video", "tell", "film", "voice"]
 
 
 @pytest.mark.usefixtures("known")

@@ -10,7 +10,7 @@ from tests.server.routes.conftest import Served
 
 
 def test_graphs_are_models(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["draw", "edit", "tell", "film", "voice"]
+    assert [model.id for model in client.models.list()] == ["draw", "edit", "video", "tell", "film", "voice"]
     found = client.models.retrieve("draw")
     assert (found.id, found.object, found.owned_by) == ("draw", "model", "omni")
     with pytest.raises(openai.NotFoundError):
@@ -19,5 +19,5 @@ def test_graphs_are_models(client: OpenAI) -> None:
 
 def test_the_command_says_what_to_do(served: Served) -> None:
     assert f"page: {served.url}/" in served.output
-    assert "graphs: draw, edit, tell, film, voice" in served.output
+    assert "graphs: draw, edit, video, tell, film, voice" in served.output
     assert served.output[-1].startswith(f"try: curl {served.url}/v1/images/generations ")

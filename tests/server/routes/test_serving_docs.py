@@ -41,7 +41,7 @@ def test_examples_run(served: Served, root: Path, tmp_path: Path) -> None:
         )
         assert ran.returncode == 0, f"{kind}:\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}"
     written = {file.name for file in tmp_path.iterdir()}
-    assert written == {"circle.png", "film.mp4", "morning.wav", "morning.mp3", "rain.flac", "image.png"}
+    assert written == {"circle.png", "circle.mp4", "morning.wav", "morning.mp3", "rain.flac", "image.png"}
 
 
 def test_every_option_is_described(root: Path) -> None:

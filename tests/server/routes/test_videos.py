@@ -16,6 +16,7 @@ from PIL import Image
 from tests.server.routes.conftest import Served
 
 PROMPT = "a bar that moves"
+SHAPE = "a red circle moving left on white"
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,16 @@ def test_create_poll_download_delete(client: OpenAI, served: Served) -> None:
     assert (deleted.deleted, deleted.object) == (True, "video.deleted")
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(video.id)
+
+
+def test_the_demo_draws_videos(client: OpenAI) -> None:
+    video = client.videos.create_and_poll(model="video", prompt=SHAPE, poll_interval_ms=100)
+    assert (video.status, video.size) == ("completed", "64x64")
+    with av.open(io.BytesIO(client.videos.download_content(video.id).read())) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 8
+    assert (frames[0] != frames[-1]).any()
+    assert client.videos.delete(video.id).deleted
 
 
 def test_lists_go_page_by_page(client: OpenAI) -> None:
