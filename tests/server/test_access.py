@@ -226,6 +226,15 @@ async def test_an_origin_without_a_host_is_foreign() -> None:
         assert (await ask(ServerSettings(), origin=origin)).status == 403
 
 
+async def test_the_public_url_is_a_name_of_the_server() -> None:
+    settings = ServerSettings(trusted_hosts=("localhost",), public_url="https://public.test:8443/omni")
+    assert [(await ask(settings, host=host)).status for host in ("public.test", "localhost", "evil.test")] == [
+        200,
+        200,
+        400,
+    ]
+
+
 async def test_every_page_may_be_let_in() -> None:
     assert (await ask(ServerSettings(cors_origins=("*",)), host="a", origin="null")).status == 200
 

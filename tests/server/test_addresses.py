@@ -196,12 +196,15 @@ class Site:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.clients: set[int] = set()
+        """Ports from which connections came."""
         self.port = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             return
         path = scope["path"]
+        self.clients.add(scope["client"][1])
         self.requests.append((path, {key.decode(): value.decode() for key, value in scope["headers"]}))
         headers, body, status = [], b"content", 200
         match path.strip("/").split("/"):
@@ -271,6 +274,15 @@ async def test_a_name_is_looked_up_once(site: Site) -> None:
 
     assert await get(site, "/ok", resolve=rebind) == b"content"
     assert next(answers) == ["10.0.0.1"]  # never asked for
+
+
+async def test_no_connection_is_used_twice(site: Site) -> None:
+    """It could be one of another name: connections are kept by address, and the certificate was another's."""
+    before = len(site.clients)
+    async with httpx.AsyncClient(transport=GuardedTransport(rules(site), resolver("127.0.0.1"))) as client:
+        for _ in range(3):
+            assert (await client.get(f"http://media.test:{site.port}/ok")).content == b"content"
+    assert len(site.clients) == before + 3
 
 
 async def test_the_next_address_is_tried(site: Site) -> None:

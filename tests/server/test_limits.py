@@ -62,6 +62,14 @@ async def test_slow_bodies_are_refused(parts: list[bytes | None]) -> None:
     assert answer.error["code"] == "body_too_slow"
 
 
+async def test_large_headers_are_refused() -> None:
+    settings = ServerSettings(max_header_bytes=100)
+    assert (await call(BodyGuard(echo, settings), headers={"x": "y" * 99})).status == 200
+    answer = await call(BodyGuard(echo, settings), headers={"x": "y" * 50, "z": "y" * 49})
+    assert (answer.status, answer.error["code"]) == (431, "headers_too_large")
+    assert answer.error["message"] == "the headers are larger than 100 bytes, the limit of this server"
+
+
 async def test_after_a_refusal_the_app_is_not_heard() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert (await receive())["type"] == "http.disconnect"
