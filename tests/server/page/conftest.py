@@ -62,7 +62,7 @@ async def apps(folder: Path) -> AsyncIterator[dict[str, FastAPI]]:
         await service.stop(drain_seconds=0)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """The running servers."""
     folder = tmp_path_factory.mktemp("site")
@@ -70,9 +70,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for all tests; each has a profile of its own."""
+    """One Chromium for a module. No longer: while Playwright runs, this thread has an event loop that others cannot use."""
     path = chromium()
     expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
@@ -89,7 +89,7 @@ def gate() -> Iterator[Gate]:
     GATE.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def profile(browser: Browser) -> Iterator[BrowserContext]:
     """One profile for all tests: with a new one for each, most of the time goes into loading the page."""
     profile = browser.new_context()
