@@ -72,7 +72,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One Chromium for a module. No longer: while Playwright runs, this thread has an event loop that others cannot use."""
+    """One Chromium for a module, no longer: while Playwright runs, no other event loop can run in this thread."""
     path = chromium()
     expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
