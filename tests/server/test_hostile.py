@@ -13,10 +13,10 @@ import pytest
 from omni.server.access import parse_api_keys
 from omni.server.settings import ServerSettings
 from tests.server import hostile_access, hostile_media, hostile_values
-from tests.server.hostile import ANNA, BEN, VIDEOS, Case, echo, film, get
+from tests.server.hostile import ANNA, BEN, PNG, VIDEOS, Case, echo, film, get, look
 from tests.server.live import live_server, say
 from tests.server.makers import GRAPHS
-from tests.server.raw_http import Answer, read_answer
+from tests.server.raw_http import Answer, data_url, read_answer
 
 CASES = (*hostile_access.CASES, *hostile_values.CASES, *hostile_media.CASES)
 SETTINGS = ServerSettings(
@@ -74,6 +74,20 @@ def test_a_hostile_request_gets_its_answer(case: Case, site: Site) -> None:
         assert answer.message == case.message.replace("{job}", site.job).replace("{video}", site.video)
     for name in ("x-evil", "access-control-allow-origin", "server"):
         assert name not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"blob": "../jobs.db", "type": "image"},
+        [{"blob": "../jobs.db", "type": "image"}],
+        {"json": {"blob": "../jobs.db", "type": "image"}},
+    ],
+)
+def test_a_json_input_that_looks_like_a_stored_file_is_none(site: Site, details: object) -> None:
+    job = json.loads(site.ask(look(data_url(PNG), details=details)).body)["id"]
+    answer = site.ask(get(f"/v1/jobs/{job}/inputs/details"))
+    assert (answer.status, answer.message) == (404, f"job {job} was given no file as 'details' with index 0")
 
 
 def test_afterwards_the_server_is_well(site: Site) -> None:
