@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 from omni.server.access import parse_api_keys
 from omni.server.settings import ServerSettings
 from tests.server import hostile_access, hostile_media, hostile_values
-from tests.server.hostile import ANNA, BEN, VIDEOS, Case, echo, film, get
+from tests.server.hostile import ANNA, BEN, PNG, VIDEOS, Case, echo, film, get, look
 from tests.server.live import live_server, say
 from tests.server.makers import GRAPHS
-from tests.server.raw_http import Answer, read_answer
+from tests.server.raw_http import Answer, data_url, read_answer
 
 CASES = (*hostile_access.CASES, *hostile_values.CASES, *hostile_media.CASES)
 SETTINGS = ServerSettings(
@@ -76,6 +77,20 @@ def test_a_hostile_request_gets_its_answer(case: Case, site: Site) -> None:
         assert name not in answer.headers
 
 
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"blob": "../jobs.db", "type": "image"},
+        [{"blob": "../jobs.db", "type": "image"}],
+        {"json": {"blob": "../jobs.db", "type": "image"}},
+    ],
+)
+def test_a_json_input_that_looks_like_a_stored_file_is_none(site: Site, details: object) -> None:
+    job = json.loads(site.ask(look(data_url(PNG), details=details)).body)["id"]
+    answer = site.ask(get(f"/v1/jobs/{job}/inputs/details"))
+    assert (answer.status, answer.message) == (404, f"job {job} was given no file as 'details' with index 0")
+
+
 def test_afterwards_the_server_is_well(site: Site) -> None:
     assert site.ask(get("/ready")).status == 200
     answer = site.ask(echo({"Prefer": "wait=30"}, inputs={"prompt": "still here"}))
@@ -84,9 +99,11 @@ def test_afterwards_the_server_is_well(site: Site) -> None:
 
 def test_afterwards_no_name_of_a_client_is_on_the_disk(site: Site) -> None:
     """Names below the state folder are the database's and ours."""
-    names = {path.name for path in site.folder.rglob("*") if path.is_file()}
-    assert names
-    assert not [name for name in names if any(part in name for part in ("passwd", "a.exe", "a.png", "evil", "prompt"))]
+    names = {str(path.relative_to(site.folder)) for path in site.folder.rglob("*") if path.is_file()}
+    assert len(names) > 3
+    database = r"jobs\.db(-wal|-shm|\.servers/[A-Za-z0-9.-]+-[0-9]+-[0-9a-f]+)?"
+    ours = re.compile(database + r"|files/job_[0-9a-f]{24}/(in|out)-[0-9a-f]{12}\.[a-z0-9]+")
+    assert not [name for name in names if not ours.fullmatch(name)]
 
 
 def test_answers_to_hostile_requests_have_the_shape_of_openai(site: Site) -> None:

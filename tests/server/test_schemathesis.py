@@ -66,6 +66,11 @@ class Site(NamedTuple):
         """The id of a new, finished job."""
         return str(self.post("/v1/graphs/echo/jobs", BODIES["/v1/graphs/{name}/jobs"], Prefer="wait=30")["id"])
 
+    def look(self) -> str:
+        """The id of a new, finished job that was given a picture."""
+        body = {"inputs": {"image": data_url(bombs.picture())}}
+        return str(self.post("/v1/graphs/looker/jobs", body, Prefer="wait=30")["id"])
+
     def video(self) -> str:
         """The id of a new, finished video."""
         video = str(self.post("/v1/videos", BODIES["/v1/videos"])["id"])
@@ -86,10 +91,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def steer(site: Site, case: Any, draw: Callable[[Any], Any]) -> None:
     """Put right values into a case here and there."""
-    ids = {"job_id": site.job, "video_id": site.video, "name": lambda: "echo", "model": lambda: "painter"}
+    looks = "/inputs/" in case.path
+    name = "image" if looks else "text" if "/outputs/" in case.path else "echo"
+    makers = {
+        "job_id": site.look if looks else site.job,
+        "video_id": site.video,
+        "name": lambda: name,
+        "model": lambda: "painter",
+    }
     if draw(st.booleans()):
-        for name in case.path_parameters:
-            case.path_parameters[name] = "text" if name == "name" and "outputs" in case.path else ids[name]()
+        for parameter in case.path_parameters:
+            case.path_parameters[parameter] = makers[parameter]()
     right = BODIES.get(case.path)
     if right is None or not isinstance(case.body, dict) or not draw(st.integers(0, 9)):
         return
