@@ -84,6 +84,8 @@ def test_training_runs_end_to_end_and_its_folder_loads(tmp_path):
 
 def test_shipped_files_are_small_and_hold_no_pickles():
     files = [path for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    weights = [path for path in files if "painter" in path.parts]
+    assert sum(path.stat().st_size for path in weights) < 10_000_000
     assert sum(path.stat().st_size for path in files) < 10 * 2**20
     assert {path.suffix for path in files} <= {".py", ".md", ".png", ".json", ".jinja", ".safetensors"}
     assert sum(path.suffix == ".safetensors" for path in files) == 3

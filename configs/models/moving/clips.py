@@ -8,6 +8,7 @@ import random
 import sys
 import zlib
 from dataclasses import astuple, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -143,6 +144,7 @@ def _shape_of(seen: Tensor) -> str:
     return max(overlaps, key=overlaps.__getitem__)
 
 
+@cache
 def _outline(shape: str) -> Tensor:
     """A shape in the middle of a picture: (64, 64) bool."""
     frames = draw([Clip("black", shape, "left", "white")])[0]

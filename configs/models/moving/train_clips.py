@@ -1,6 +1,6 @@
 """Trains the painter of clips on data that it generates, and writes a LattePipeline.
 
-    python train_clips.py --output FOLDER --seconds 1800
+    python train_clips.py --output FOLDER --seconds 2400
 
 The autoencoder is that of the painter of still pictures and is not trained; the text encoder begins as that painter's
 first layers. Latents of all clips are made first: they are few, and every step then costs only the models trained.
@@ -43,6 +43,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="clips a step (16)")
     parser.add_argument("--steps", type=int, default=100_000, help="most steps")
     parser.add_argument("--seconds", type=float, default=1800, help="most seconds of the steps (1800)")
+    parser.add_argument(
+        "--high-noise", type=float, default=0.7, help="part of the samples that is close to noise (0.7)"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="the highest learning rate (0.002)")
     return parser.parse_args(arguments)
 
@@ -152,13 +155,28 @@ def _optimizers(models: tuple[nn.Module, ...]) -> list[torch.optim.Optimizer]:
     ]
 
 
+def _noise_levels(count: int, high_rate: float, draws: torch.Generator) -> Tensor:
+    """Noise levels from 0, data, to 1, noise: (count,) float32, a part of them above 0.94.
+
+    Only up there does the prompt decide which way a shape goes; below, it can be seen in what is drawn already.
+    """
+    middle = torch.sigmoid(1.2 * torch.randn(count, generator=draws) + 0.3)
+    high = 1 - 0.06 * torch.rand(count, generator=draws)
+    return torch.where(torch.rand(count, generator=draws) < high_rate, high, middle)
+
+
 def _loss(
-    models: tuple[Qwen3Model, LatteTransformer3DModel], data: Tensor, ids: Tensor, read: Tensor, draws: torch.Generator
+    models: tuple[Qwen3Model, LatteTransformer3DModel],
+    data: Tensor,
+    ids: Tensor,
+    read: Tensor,
+    high_rate: float,
+    draws: torch.Generator,
 ) -> Tensor:
     """The error of the predicted way from data (clips, channels, frames, 8, 8) to noise, at random noise levels."""
     text_encoder, transformer = models
     noise = torch.randn(data.shape, generator=draws).to(data.device)
-    level = torch.sigmoid(1.2 * torch.randn(len(data), generator=draws) + 0.3).to(data.device)
+    level = _noise_levels(len(data), high_rate, draws).to(data.device)
     noisy = torch.lerp(data, noise, level[:, None, None, None, None])
     with torch.autocast(data.device.type, torch.bfloat16):
         text = text_encoder(ids, attention_mask=read, use_cache=False)[0]
@@ -188,7 +206,7 @@ def train(
         rows, ids, read = prompts.batch(options.batch, rng)
         variants = torch.randint(latents.shape[1], (options.batch,), generator=draws)
         data = latents[torch.tensor(rows), variants].to(options.device)
-        loss = _loss(models, data, ids.to(options.device), read.to(options.device), draws)
+        loss = _loss(models, data, ids.to(options.device), read.to(options.device), options.high_noise, draws)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
