@@ -50,6 +50,6 @@ def draw(file: str, latencies: Mapping[str, Sequence[float]], memory: Memory | N
         counts, sizes = zip(*memory.samples, strict=True)
         axes[1].plot(counts, [size / MIB for size in sizes])
         axes[1].set(xlabel="requests answered", ylabel="MiB", title=f"Memory of the server ({memory.words})")
-        axes[1].set_ylim(bottom=0)
+        axes[1].set_ylim(0, 1.2 * max(sizes) / MIB)
         axes[1].grid(alpha=0.3)
     figure.savefig(file, dpi=120)
