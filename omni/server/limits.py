@@ -183,8 +183,8 @@ def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
 
 # JSON --------------------------------------------------------------------------------------------------------------
 
-TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-"""Texts, and the brackets between them."""
+TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+"""Texts, and the brackets between them. Nothing is read twice: a text without an end goes to the end of the body."""
 MAX_NUMBER = 2**63
 """What stores, indexes and arrays hold."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -250,6 +251,15 @@ def test_bad_json_is_refused(body: bytes, message: str) -> None:
     with pytest.raises(InputError) as caught:
         decode_json(body, SETTINGS)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", [b'"' + b'\\"' * 500_000, b'"' + b"\\" * 1_000_001, b'"x' * 500_000])
+def test_texts_without_an_end_take_no_longer_than_others(rest: bytes) -> None:
+    """The event loop waits: what took the square of the length took hours."""
+    started_at = time.monotonic()
+    with pytest.raises(InputError, match="is not JSON"):
+        decode_json(b"[]" * 6 + rest, SETTINGS)
+    assert time.monotonic() - started_at < 5
 
 
 def test_brackets_in_texts_are_no_depth() -> None:
