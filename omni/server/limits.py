@@ -1,4 +1,4 @@
-"""Bounds on a request as bytes: size and pace of its body, pace and size of its headers, depth of its JSON."""
+"""Bounds on a request as bytes: its body, headers and JSON, and the pace at which its answer is read."""
 
 from __future__ import annotations
 
@@ -129,13 +129,16 @@ def form_limits(settings: ServerSettings) -> dict[str, int]:
     }
 
 
-# Headers -----------------------------------------------------------------------------------------------------------
+# Connections -------------------------------------------------------------------------------------------------------
+
+WRITE_STEP = 64 * 1024
+"""Bytes of an answer that a client must read in `write_seconds`."""
 
 
 def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
-    """Keyword arguments of uvicorn.Config that bound headers, idle connections and their number."""
+    """Keyword arguments of uvicorn.Config that bound headers, idle connections, their number, and slow readers."""
     return {
-        "http": _build_protocol(settings.header_seconds),
+        "http": _build_protocol(settings.header_seconds, settings.write_seconds),
         "ws": "none",
         "h11_max_incomplete_event_size": settings.max_header_bytes,
         "timeout_keep_alive": settings.keep_alive_seconds,
@@ -144,12 +147,16 @@ def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
     }
 
 
-def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol with a deadline for each request's headers; uvicorn itself waits for them for ever."""
+def _build_protocol(header_seconds: float, write_seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with deadlines for a request's headers and for the client to read the answer.
+
+    uvicorn itself waits for both for ever. A connection that is cut off wakes whoever sends or waits for it to end.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class PunctualProtocol(H11Protocol):
         header_deadline: asyncio.TimerHandle | None = None
+        write_deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -173,9 +180,36 @@ def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
             elif begun and self.header_deadline is None:
                 self.header_deadline = self.loop.call_later(header_seconds, self.transport.close)
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.watch_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.forget_reader()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self.watch_reader()  # closing waits for the client to read what is left
+
+        def watch_reader(self, left: float = math.inf) -> None:
+            """Cut the connection off when too little of what is left to send went out in the last `write_seconds`."""
+            now = self.transport.get_write_buffer_size()
+            if now and now > left - WRITE_STEP:
+                self.transport.abort()
+            elif now:
+                self.forget_reader()
+                self.write_deadline = self.loop.call_later(write_seconds, self.watch_reader, now)
+
+        def forget_reader(self) -> None:
+            if self.write_deadline is not None:
+                self.write_deadline.cancel()
+                self.write_deadline = None
+
         def connection_lost(self, exc: Exception | None) -> None:
             if self.header_deadline is not None:
                 self.header_deadline.cancel()
+            self.forget_reader()
             super().connection_lost(exc)
 
     return PunctualProtocol

@@ -39,6 +39,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Time for a body, on top of what it takes at `min_body_rate`."""
     min_body_rate: int = 64 * 1024
     """Bytes per second that a slow client must reach."""
+    write_seconds: float = 60.0
+    """Time in which a client must read the next 64 KiB of an answer, or all that is left; else it is cut off."""
     keep_alive_seconds: float = 15.0
     """How long an idle connection stays open."""
     max_connections: int = 2048

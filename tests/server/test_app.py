@@ -262,6 +262,15 @@ async def test_a_running_job_is_aborted(serve: Serve, started: list[str]) -> Non
 # Who leaves --------------------------------------------------------------------------------------------------------
 
 
+def post_scope(path: str) -> dict[str, Any]:
+    """The ASGI scope of a JSON request."""
+    return {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"test")], "scheme": "http",
+        "server": ("test", 80), "client": ("test", 1), "root_path": "", "http_version": "1.1",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])
 async def test_leaving_aborts_at_once(serve: Serve, started: list[str], fields: dict[str, Any]) -> None:
     """The client is gone while the stage works: the request is over without a further look at the clock."""
@@ -279,16 +288,30 @@ async def test_leaving_aborts_at_once(serve: Serve, started: list[str], fields: 
     async def send(message: Any) -> None:
         pass
 
-    headers = [(b"content-type", b"application/json"), (b"host", b"test")]
-    scope = {
-        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
-        "headers": headers, "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
-        "http_version": "1.1",
-    }  # fmt: skip
-    call = asyncio.ensure_future(site.app(scope, receive, send))
+    call = asyncio.ensure_future(site.app(post_scope(CHAT), receive, send))
     await until(lambda: started == ["hold"])
     assert site.service.running("g") == 1
     left.set()
+    async with asyncio.timeout(WAIT_SECONDS):
+        await call
+    assert site.service.running("g") == 0
+
+
+async def test_a_reader_who_does_not_read_holds_its_slot_until_the_deadline(serve: Serve) -> None:
+    site = await serve("hold", ServerSettings(request_seconds=0.2), max_running=1)
+    messages = [{"type": "http.request", "body": json.dumps(chat("hold", stream=True)).encode(), "more_body": False}]
+    sending = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        sending.set()
+        await asyncio.Event().wait()
+
+    call = asyncio.ensure_future(site.app(post_scope(CHAT), receive, send))
+    await sending.wait()
+    assert site.service.running("g") == 1
     async with asyncio.timeout(WAIT_SECONDS):
         await call
     assert site.service.running("g") == 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
 import socket
+import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -189,6 +190,51 @@ async def test_huge_headers_are_refused() -> None:
     async with server(QUICK) as port:
         answer = await say(port, b"GET / HTTP/1.1\r\nHost: a\r\nX-A: " + b"x" * 40_000)
         assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+async def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends goes on then, and the app's other waits see the client leave."""
+    ended = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 50_000_000})
+        assert (await receive())["type"] == "http.disconnect"
+        ended.set()
+
+    monkeypatch.setattr(sys.modules[__name__], "echo", app)
+    async with server(ServerSettings(write_seconds=0.2)) as port, asyncio.timeout(20):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(WHOLE)
+            await ended.wait()
+            num_bytes = 0
+            with contextlib.suppress(ConnectionResetError):
+                while chunk := await asyncio.to_thread(client.recv, 65536):
+                    num_bytes += len(chunk)
+            assert num_bytes < 50_000_000
+
+
+async def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole takes longer than `write_seconds`, each step does not."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 12_000_000})
+
+    monkeypatch.setattr(sys.modules[__name__], "echo", app)
+    async with server(ServerSettings(write_seconds=0.3)) as port, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        started_at = time.monotonic()
+        writer.write(WHOLE)
+        num_bytes = 0
+        while num_bytes < 12_000_000:
+            num_bytes += len(await reader.read(1_000_000))
+            if time.monotonic() - started_at < 0.6:
+                await asyncio.sleep(0.02)
+        writer.close()
 
 
 async def test_connections_are_bounded() -> None:
