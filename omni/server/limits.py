@@ -223,34 +223,58 @@ MAX_NUMBER = 2**63
 """What stores, indexes and arrays hold."""
 
 
+class NotJson(InputError):
+    """A text is no JSON at all."""
+
+
+class _Fault(Exception):
+    """What is wrong with a JSON text, to be said of it."""
+
+
+class JsonTexts:
+    """Reads all JSON texts of one request, which together may have `max_json_items` values."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._items_left = settings.max_json_items
+
+    def decode(self, text: str, where: str) -> Any:
+        """The value of a text. Raises InputError, NotJson for a text that is none; both begin with `where`."""
+        try:
+            return self._decode(text)
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise NotJson(f"{where} is not JSON: {error.msg}, {place}") from None
+        except _Fault as fault:
+            raise InputError(f"{where} has {fault}") from None
+
+    def _decode(self, text: str) -> Any:
+        # Counted before the parser runs: it would take minutes and gigabytes, or run out of stack.
+        brackets = text.count("[") + text.count("{")
+        self._items_left -= brackets + text.count(",")
+        if self._items_left < 0:
+            raise _Fault(f"more than {self._settings.max_json_items} JSON values, the limit of this server")
+        if brackets > self._settings.max_json_depth:
+            _check_depth(text, self._settings.max_json_depth)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_number, parse_int=_whole, parse_float=_real
+        )
+        # The only way for lone surrogates: UTF-8 has none. One character is found ten times as fast as two.
+        if "\\" in text and "\\u" in text:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise _Fault("half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+        return value
+
+
 def decode_json(body: bytes, settings: ServerSettings) -> Any:
     """A JSON body: UTF-8, no NaN, no key twice, no lone surrogates, bounded depth and items. Raises InputError."""
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8 text, at byte {error.start}") from error
-    # Counted before the parser runs: it would take minutes and gigabytes, or run out of stack.
-    brackets = text.count("[") + text.count("{")
-    if brackets + text.count(",") > settings.max_json_items:
-        raise InputError(f"the body has more than {settings.max_json_items} JSON values, the limit of this server")
-    if brackets > settings.max_json_depth:
-        _check_depth(text, settings.max_json_depth)
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_number, parse_int=_whole, parse_float=_real
-        )
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"the body is not JSON: {error.msg}, {place}") from error
-    # The only way for lone surrogates: UTF-8 has none. One character is found ten times as fast as two.
-    if "\\" in text and "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                "the body has half a surrogate pair (\\ud800 to \\udfff), which is no character"
-            ) from error
-    return value
+    return JsonTexts(settings).decode(text, "the body")
 
 
 def _check_depth(text: str, max_depth: int) -> None:
@@ -258,7 +282,7 @@ def _check_depth(text: str, max_depth: int) -> None:
     for found in TOKENS.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
         if depth > max_depth:
-            raise InputError(f"the body has brackets inside brackets, more than {max_depth} deep")
+            raise _Fault(f"brackets inside brackets, more than {max_depth} deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -266,7 +290,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise InputError(f"the body has the field {twice[:60]!a} twice")
+        raise _Fault(f"the field {twice[:60]!a} twice")
     return found
 
 
@@ -284,4 +308,4 @@ def _real(text: str) -> float:
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise InputError(f"the body has the number {text[:40]}, which is too large or none; numbers have up to 64 bits")
+    raise _Fault(f"the number {text[:40]}, which is too large or none; numbers have up to 64 bits")

@@ -199,7 +199,8 @@ async def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.Monkey
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"x" * 50_000_000})
+        await send({"type": "http.response.body", "body": b"x" * 50_000_000, "more_body": True})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
         assert (await receive())["type"] == "http.disconnect"
         ended.set()
 

@@ -33,6 +33,7 @@ from omni.server.fields import translate
 from omni.server.graph_facts import output_types, steps_of
 from omni.server.job_object import output_url
 from omni.server.jobs import Job, JobOrder
+from omni.server.limits import JsonTexts
 from omni.server.openapi import EVENTS, operation
 from omni.server.reading import read_body, split_fields
 from omni.server.stored import finish_job
@@ -68,7 +69,7 @@ class Images:
         """Draw pictures from a prompt."""
         form = await read_body(request, self.context.settings)
         body, rest = split_fields(form, ImageRequest)
-        drawing = await self._prepare(request, body, rest, form.is_form, {})
+        drawing = await self._prepare(request, body, rest, form.texts, {})
         return await self._answer(request, drawing, "image_generation")
 
     async def edit(self, request: Request) -> Response:
@@ -81,11 +82,11 @@ class Images:
         if pictures is None:
             raise bad_request("'image' is missing", "image", "missing_required_parameter")
         media = {"image": pictures, "mask_image": body.mask}
-        drawing = await self._prepare(request, body, rest, form.is_form, media)
+        drawing = await self._prepare(request, body, rest, form.texts, media)
         return await self._answer(request, drawing, "image_edit")
 
     async def _prepare(
-        self, request: Request, body: ImageRequest, rest: dict[str, Any], is_form: bool, media: dict[str, Any]
+        self, request: Request, body: ImageRequest, rest: dict[str, Any], texts: JsonTexts | None, media: dict[str, Any]
     ) -> Drawing:
         settings = self.context.settings
         if body.n > settings.max_n:
@@ -103,7 +104,7 @@ class Images:
             rest,
             "image",
             extra=body.extra_body,
-            is_form=is_form,
+            texts=texts,
             allow_unknown=settings.allow_unknown_fields,
         )
         if "background" in omni.graph.inputs:

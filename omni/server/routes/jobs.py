@@ -14,6 +14,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse
 from msgspec import Meta
 
+from omni.errors import InputError
 from omni.server.answers import json_answer
 from omni.server.calls import until_left
 from omni.server.context import Context, idempotency_key, key_of
@@ -62,7 +63,7 @@ class Jobs:
         omni = self.context.find(name)
         body = await read_body(request, self.context.settings)
         asked, given = split_job(body)
-        raw = own_inputs(omni.graph, given, is_form=body.is_form)
+        raw = own_inputs(omni.graph, given, texts=body.texts)
         order = JobOrder(
             graph=name,
             inputs=await self.context.read_inputs(omni.graph, raw),
@@ -174,17 +175,16 @@ async def output_answer(file: OutputFile, place: Path | bytes, image_format: Ima
 
 def split_job(body: Body) -> tuple[JobRequest, dict[str, Any]]:
     """What is asked for and the inputs, from JSON or from a form. Raises ApiError."""
-    if not body.is_form:
+    if body.texts is None:
         asked: JobRequest = convert(body.fields, JobRequest)
         return asked, asked.inputs
     fields = dict(body.fields)
     text = fields.pop("request", "{}")
     try:
-        asked = msgspec.json.decode(text if isinstance(text, str) else "", type=JobRequest)
-    except msgspec.MsgspecError as error:
-        raise bad_request(f"the form's field 'request' must hold JSON: {error}", "request") from None
-    except RecursionError:
-        raise bad_request("the form's field 'request' has brackets inside brackets, far too deep", "request") from None
+        value = body.texts.decode(text if isinstance(text, str) else "", "the form's field 'request'")
+    except InputError as error:
+        raise bad_request(str(error), "request") from None
+    asked = convert(value, JobRequest, name="request")
     if both := sorted(asked.inputs.keys() & fields.keys()):
         raise bad_request(f"'{both[0]}' is in 'request' and beside it", both[0])
     return asked, {**asked.inputs, **fields}

@@ -68,7 +68,7 @@ class Videos:
             rest,
             KIND,
             extra=body.extra_body,
-            is_form=form.is_form,
+            texts=form.texts,
             allow_unknown=self.context.settings.allow_unknown_fields,
         )
         if body.input_reference is not None:
