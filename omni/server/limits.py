@@ -48,7 +48,8 @@ class BodyGuard:
     """ASGI middleware: 413 for a body that is too large, with or without Content-Length, 408 for one too slow,
     431 for headers that are too large in all.
 
-    The app sees its client leave, and whatever it still sends goes nowhere.
+    The app sees its client leave, and whatever it still sends goes nowhere. `request.state.held` is an ExitStack that
+    is closed when the answer has been sent, or never will be.
     """
 
     def __init__(self, app: App, settings: ServerSettings) -> None:
@@ -69,7 +70,8 @@ class BodyGuard:
             await refuse(send, 413, self._too_large(), "body_too_large")
             return
         exchange = _Exchange(self, receive, send)
-        with contextlib.suppress(ClientDisconnect):
+        with contextlib.ExitStack() as held, contextlib.suppress(ClientDisconnect):
+            scope.setdefault("state", {})["held"] = held
             await self.app(scope, exchange.receive, exchange.send)
 
     def _too_large(self) -> str:

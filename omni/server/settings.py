@@ -66,6 +66,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`num_inference_steps` of one request."""
     max_output_pixels: int = 16 * 1024**2
     """Width times height of what is drawn."""
+    max_made_pixels: int = 1024**3
+    """Width times height times frames times pictures of what one request makes."""
     max_output_frames: int = 2048
     """Frames of a clip that is drawn."""
     max_output_seconds: float = 300.0
@@ -84,8 +86,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Width or height of one picture or clip."""
     max_frames: int = 1024
     """Frames of one clip."""
+    max_request_pixels: int = 64 * 1024**2
+    """Pixels of all pictures of one request."""
     max_decoded_bytes: int = 1024**3
-    """Size of one decoded clip or sound."""
+    """Size of one decoded clip or sound, and of all media of one request."""
+    max_held_bytes: int = 4 * 1024**3
+    """Decoded media of all requests that wait, run, or are answered; beyond, requests with media get 503."""
     decode_seconds: float = 60.0
     """Time to decode one clip or sound."""
     max_decoders: int = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import importlib
 import json
@@ -14,10 +15,12 @@ import jsonschema
 import pytest
 from fastapi import FastAPI
 
+from omni.server import media_inputs
 from omni.server.access import parse_api_keys
 from omni.server.app import build_app
 from omni.server.service import Service
 from omni.server.settings import ServerSettings
+from tests.server import bombs
 
 WAIT_SECONDS = 60
 CHAT, JOBS, IMAGES = "/v1/chat/completions", "/v1/graphs/g/jobs", "/v1/images/generations"
@@ -315,6 +318,54 @@ async def test_a_reader_who_does_not_read_holds_its_slot_until_the_deadline(serv
     async with asyncio.timeout(WAIT_SECONDS):
         await call
     assert site.service.running("g") == 0
+
+
+async def test_leaving_while_media_are_decoded_ends_the_request(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As does the deadline; a decoder's slot is free for others then."""
+    begun = asyncio.Event()
+
+    async def decode(*_: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(media_inputs, "decode_apart", decode)
+    stages = {"work": {"kind": "function", "call": "tests.server.functions:watch"}}
+    settings = ServerSettings(request_seconds=0.3, max_decoders=1)
+    site = await serve({"inputs": {"clip": "video"}, "stages": stages}, settings)
+    body = {"inputs": {"clip": "data:video/mp4;base64,AAAA"}}
+    for _ in range(2):
+        status, error, _ = await site.error("POST", JOBS, json=body)
+        assert (status, error["code"]) == (504, "timeout")
+    begun.clear()
+    left = asyncio.Event()
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await left.wait()
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    call = asyncio.ensure_future(site.app(post_scope(JOBS), receive, send))
+    async with asyncio.timeout(WAIT_SECONDS):
+        await begun.wait()
+        left.set()
+        await call
+
+
+async def test_media_are_not_decoded_for_a_full_queue(serve: Serve, started: list[str]) -> None:
+    stages = {"work": {"kind": "function", "call": "tests.server.functions:hold_picture"}}
+    graph = {"inputs": {"prompt": "text", "image": "image"}, "stages": stages}
+    site = await serve(graph, max_running=1, max_queued=0)
+    picture = f"data:image/png;base64,{base64.b64encode(bombs.picture()).decode()}"
+    held = await site.client.post(JOBS, json={"inputs": {"prompt": "hold", "image": picture}})
+    assert held.status_code == 202
+    await until(lambda: started == ["hold"])
+    broken = {"inputs": {"prompt": "x", "image": "data:image/png;base64,AAAA"}}
+    status, error, _ = await site.error("POST", JOBS, json=broken)
+    assert (status, error["code"]) == (429, "queue_full")
 
 
 ROUTES = """\

@@ -64,9 +64,10 @@ class Jobs:
         body = await read_body(request, self.context.settings)
         asked, given = split_job(body)
         raw = own_inputs(omni.graph, given, texts=body.texts)
+        reading = self.context.read_inputs(omni.graph, raw, self.context.open_media(request, name))
         order = JobOrder(
             graph=name,
-            inputs=await self.context.read_inputs(omni.graph, raw),
+            inputs=await until_left(request, reading, self.context.settings.request_seconds),
             seed=asked.seed,
             priority=asked.priority,
             key=key_of(request),
