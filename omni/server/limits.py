@@ -113,7 +113,7 @@ class _Exchange:
     async def _refuse(self, status: int, message: str, code: str) -> Message:
         self._refused = True
         if not self._answered:
-            await refuse(self._send, status, message, code)
+            await refuse(self._send, status, message, code, ((b"x-should-retry", b"false"),))
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:

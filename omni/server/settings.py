@@ -16,8 +16,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     """Origins (`https://studio.example`) whose pages may call this server; `*` for all. Others are refused."""
     trusted_hosts: tuple[str, ...] = ()
-    """Names under which the server is reached (`Host` header, without port; `*.example.com` works); none: any.
-    A server on a loopback address sets its own, so that no web page reaches it through a name of its own making."""
+    """Names under which the server is reached (`Host` header, without port; `*.example.com` works, and `[ip]` for any
+    IP address); none: any. `omni serve` sets them where no API key is needed, so that no web page reaches the server
+    through a name of its own making."""
     public_url: str = ""
     """Address that clients see, for links in answers (`https://images.example/omni`); empty: the request's own."""
 

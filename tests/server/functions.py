@@ -46,6 +46,12 @@ def watch(clip: Video) -> int:
     return len(clip.frames)
 
 
+def note_and_fail(prompt: str) -> str:
+    """Noted in `started`, then raises."""
+    started.append(prompt)
+    raise ValueError(f"no luck with {prompt}")
+
+
 def pass_gate(prompt: str) -> str:
     """`slow FILE`: wait until the file is there. `kill FILE`: kill this process, unless it is there."""
     word, _, gate = prompt.partition(" ")

@@ -1,92 +1,28 @@
-"""The app around a service: each error's status and shape, jobs, who leaves aborts, and the OpenAPI document."""
+"""The app around a service: each error's status and shape, jobs, and the OpenAPI document."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import importlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import jsonschema
 import pytest
-from fastapi import FastAPI
 
-from omni.server import media_inputs
 from omni.server.access import parse_api_keys
-from omni.server.app import build_app
-from omni.server.service import Service
 from omni.server.settings import ServerSettings
-from tests.server import bombs
-
-WAIT_SECONDS = 60
-CHAT, JOBS, IMAGES = "/v1/chat/completions", "/v1/graphs/g/jobs", "/v1/images/generations"
-PLAIN = {"content": b"a", "headers": {"content-type": "text/plain"}}
-LONG_KEY = {"idempotency-key": "k" * 300}
-HOOK = {"inputs": {"prompt": "x"}, "webhook": "http://a.example"}
-MakeService = Callable[..., Service]
-
-
-def chat(prompt: str, **fields: Any) -> dict[str, Any]:
-    return {"model": "g", "messages": [{"role": "user", "content": prompt}], **fields}
-
-
-@contextlib.asynccontextmanager
-async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
-
-
-class Site:
-    """A started service of one function, its app, and a client."""
-
-    def __init__(self, service: Service, app: FastAPI, client: httpx.AsyncClient) -> None:
-        self.service, self.app, self.client = service, app, client
-
-    async def error(self, method: str, path: str, **options: Any) -> tuple[int, dict[str, Any], httpx.Headers]:
-        answer = await self.client.request(method, path, **options)
-        assert answer.status_code >= 400, answer.text
-        error = answer.json()["error"]
-        assert set(error) >= {"message", "type", "param", "code"}
-        assert "Traceback" not in answer.text
-        return answer.status_code, error, answer.headers
-
-
-@pytest.fixture
-async def serve(make_service: MakeService) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
-    """Starts a site: `await serve("echo", max_running=1)`; `settings` are the server's."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(graph: Any, settings: ServerSettings | None = None, **limits: Any) -> Site:
-            service = make_service({"g": graph}, **limits)
-            await service.start()
-            app = build_app(service, settings or ServerSettings())
-            client = await stack.enter_async_context(client_of(app))
-            return Site(service, app, client)
-
-        yield start
-
-
-Serve = Callable[..., Awaitable[Site]]
-
-
-@pytest.fixture
-def started() -> list[str]:
-    """Prompts that the graph has begun to work on."""
-    found: list[str] = importlib.import_module("tests.server.functions").started
-    found.clear()
-    return found
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not condition():
-            await asyncio.sleep(0.005)
-
+from tests.server.app_site import (
+    CHAT,
+    HOOK,
+    IMAGES,
+    JOBS,
+    LONG_KEY,
+    PLAIN,
+    Serve,
+    chat,
+    until,
+)
 
 # Errors ------------------------------------------------------------------------------------------------------------
 
@@ -260,112 +196,6 @@ async def test_a_running_job_is_aborted(serve: Serve, started: list[str]) -> Non
     assert "event: aborted" in text
     found = (await site.client.get(f"/v1/jobs/{job['id']}")).json()
     assert (found["state"], found["seed"], found["inputs"]) == ("aborted", 3, {"prompt": "hold"})
-
-
-# Who leaves --------------------------------------------------------------------------------------------------------
-
-
-def post_scope(path: str) -> dict[str, Any]:
-    """The ASGI scope of a JSON request."""
-    return {
-        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": [(b"content-type", b"application/json"), (b"host", b"test")], "scheme": "http",
-        "server": ("test", 80), "client": ("test", 1), "root_path": "", "http_version": "1.1",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("fields", [{}, {"stream": True}])
-async def test_leaving_aborts_at_once(serve: Serve, started: list[str], fields: dict[str, Any]) -> None:
-    """The client is gone while the stage works: the request is over without a further look at the clock."""
-    site = await serve("hold", max_running=1)
-    left = asyncio.Event()
-    body = json.dumps(chat("hold", **fields)).encode()
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    call = asyncio.ensure_future(site.app(post_scope(CHAT), receive, send))
-    await until(lambda: started == ["hold"])
-    assert site.service.running("g") == 1
-    left.set()
-    async with asyncio.timeout(WAIT_SECONDS):
-        await call
-    assert site.service.running("g") == 0
-
-
-async def test_a_reader_who_does_not_read_holds_its_slot_until_the_deadline(serve: Serve) -> None:
-    site = await serve("hold", ServerSettings(request_seconds=0.2), max_running=1)
-    messages = [{"type": "http.request", "body": json.dumps(chat("hold", stream=True)).encode(), "more_body": False}]
-    sending = asyncio.Event()
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop() if messages else await asyncio.Future()
-
-    async def send(message: Any) -> None:
-        sending.set()
-        await asyncio.Event().wait()
-
-    call = asyncio.ensure_future(site.app(post_scope(CHAT), receive, send))
-    await sending.wait()
-    assert site.service.running("g") == 1
-    async with asyncio.timeout(WAIT_SECONDS):
-        await call
-    assert site.service.running("g") == 0
-
-
-async def test_leaving_while_media_are_decoded_ends_the_request(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As does the deadline; a decoder's slot is free for others then."""
-    begun = asyncio.Event()
-
-    async def decode(*_: object) -> None:
-        begun.set()
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(media_inputs, "decode_apart", decode)
-    stages = {"work": {"kind": "function", "call": "tests.server.functions:watch"}}
-    settings = ServerSettings(request_seconds=0.3, max_decoders=1)
-    site = await serve({"inputs": {"clip": "video"}, "stages": stages}, settings)
-    body = {"inputs": {"clip": "data:video/mp4;base64,AAAA"}}
-    for _ in range(2):
-        status, error, _ = await site.error("POST", JOBS, json=body)
-        assert (status, error["code"]) == (504, "timeout")
-    begun.clear()
-    left = asyncio.Event()
-    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if not messages:
-            await left.wait()
-        return messages.pop() if messages else {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    call = asyncio.ensure_future(site.app(post_scope(JOBS), receive, send))
-    async with asyncio.timeout(WAIT_SECONDS):
-        await begun.wait()
-        left.set()
-        await call
-
-
-async def test_media_are_not_decoded_for_a_full_queue(serve: Serve, started: list[str]) -> None:
-    stages = {"work": {"kind": "function", "call": "tests.server.functions:hold_picture"}}
-    graph = {"inputs": {"prompt": "text", "image": "image"}, "stages": stages}
-    site = await serve(graph, max_running=1, max_queued=0)
-    picture = f"data:image/png;base64,{base64.b64encode(bombs.picture()).decode()}"
-    held = await site.client.post(JOBS, json={"inputs": {"prompt": "hold", "image": picture}})
-    assert held.status_code == 202
-    await until(lambda: started == ["hold"])
-    broken = {"inputs": {"prompt": "x", "image": "data:image/png;base64,AAAA"}}
-    status, error, _ = await site.error("POST", JOBS, json=broken)
-    assert (status, error["code"]) == (429, "queue_full")
 
 
 ROUTES = """\
