@@ -177,6 +177,8 @@ async def test_jobs(serve: Serve) -> None:
     assert (kinds[0], kinds[-1]) == ("queued", "done")
     rest = await site.client.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": str(len(kinds) - 1)})
     assert rest.text.split("\n")[0] == "event: done"
+    rest = await site.client.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": str(len(kinds))})
+    assert (rest.status_code, rest.content) == (204, b"")
     assert (await site.error("GET", f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": "x"}))[0] == 400
     listed = (await site.client.get("/v1/jobs", params={"graph": "g", "state": "done"})).json()
     assert [found["id"] for found in listed["data"]] == [job["id"]]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from omni.messages import Done, Event, Queued, StageProgress
 from omni.server import media_inputs
 from omni.server.settings import ServerSettings
 from tests.server import bombs
@@ -115,3 +117,21 @@ async def test_media_are_not_decoded_for_a_full_queue(serve: Serve, started: lis
     broken = {"inputs": {"prompt": "x", "image": "data:image/png;base64,AAAA"}}
     status, error, _ = await site.error("POST", JOBS, json=broken)
     assert (status, error["code"]) == (429, "queue_full")
+
+
+@pytest.mark.parametrize(("step", "reason"), [(3, "length"), (2, "stop")])
+async def test_both_ways_tell_how_a_text_ended(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, step: int, reason: str
+) -> None:
+    site = await serve("echo")
+
+    async def stream(order: object, request: object = None) -> AsyncIterator[Event]:
+        yield Queued(request_id="r")
+        yield StageProgress(request_id="r", stage="work", step=step, num_steps=3, unit="token")
+        yield Done(request_id="r", outputs={"text": "x"})
+
+    monkeypatch.setattr(site.service, "stream", stream)
+    answer = (await site.client.post(CHAT, json=chat("x"))).json()
+    assert answer["choices"][0]["finish_reason"] == reason
+    streamed = await site.client.post(CHAT, json=chat("x", stream=True))
+    assert f'"finish_reason":"{reason}"' in streamed.text

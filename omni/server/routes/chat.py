@@ -31,6 +31,7 @@ from omni.server.calls import (
     Outcome,
     count_token,
     events_of,
+    is_cut,
     orders_for,
     raise_if_over,
     run_all,
@@ -128,7 +129,11 @@ class Chat:
         orders = orders_for(talk.order, talk.body.n)
         outcomes = await run_all([run_one(self.context, order) for order in orders])
         choices = [
-            Choice(index=index, message=AnswerMessage(content=await content_of(talk, outcome)))
+            Choice(
+                index=index,
+                message=AnswerMessage(content=await content_of(talk, outcome)),
+                finish_reason="length" if talk.text_stage in outcome.cut else "stop",
+            )
             for index, outcome in enumerate(outcomes)
         ]
         usage = usage_of(sum(outcome.num_tokens for outcome in outcomes))
@@ -145,7 +150,7 @@ class Chat:
                 count_token(event, tokens)
                 raise_if_over(event)
                 if isinstance(event, StageProgress) and event.stage == talk.text_stage and event.unit == TOKEN:
-                    finish = "length" if event.step >= event.num_steps else "stop"
+                    finish = "length" if is_cut(event) else "stop"
                 elif isinstance(event, StageText) and event.stage == talk.text_stage:
                     sent += event.text
                     yield chunk(talk, Delta(content=event.text))

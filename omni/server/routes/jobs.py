@@ -117,13 +117,22 @@ class Jobs:
         after: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> Response:
-        """What happens to a job, as server-sent events: from the first, or from the one after a number."""
+        """What happens to a job, as server-sent events: from the first, or from the one after a number.
+
+        204 when the job is over and nothing is left to tell: a browser that asks again after the end stops then.
+        """
         job = await find_job(self.context, request, job_id)
         if last_event_id is not None:
             if not re.fullmatch(r"[0-9]{1,18}", last_event_id, re.ASCII):
                 raise bad_request("Last-Event-ID must be the number of an event", "Last-Event-ID")
             after = int(last_event_id)
+        if job.is_final and not await self._has_events(job, after):
+            return Response(status_code=204)
         return EventStream(self._events(job, after), self.context.settings.request_seconds)
+
+    async def _has_events(self, job: Job, after: int) -> bool:
+        async with contextlib.aclosing(self._events(job, after)) as events:
+            return await anext(events, None) is not None
 
     async def _events(self, job: Job, after: int) -> AsyncGenerator[ServerEvent, None]:
         async with contextlib.aclosing(self.context.service.events(job.id, after)) as events:  # type: ignore[type-var]
@@ -222,7 +231,7 @@ def build_router(context: Context) -> APIRouter:
             "GET",
             "/v1/jobs/{job_id}/events",
             jobs.events,
-            {"summary": "What happens to a job", "content": EVENTS},
+            {"summary": "What happens to a job", "content": EVENTS, "also": (204,)},
         ),
         (
             "GET",
