@@ -149,6 +149,31 @@ def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
     }
 
 
+class _Reader:
+    """The client as one who reads an answer: too slowly, and it is cut off."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, seconds: float) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._seconds = seconds
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def watch(self, left: float = math.inf) -> None:
+        """Look again in a while; cut the connection off when by then too little of what is `left` has gone out."""
+        now = self._transport.get_write_buffer_size()
+        if now and now > left - WRITE_STEP:
+            self._transport.abort()
+        elif now:
+            self.forget()
+            self._deadline = self._loop.call_later(self._seconds, self.watch, now)
+
+    def forget(self) -> None:
+        """It has read all that was sent, or it has left."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
 def _build_protocol(header_seconds: float, write_seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's HTTP protocol with deadlines for a request's headers and for the client to read the answer.
 
@@ -158,11 +183,12 @@ def _build_protocol(header_seconds: float, write_seconds: float) -> type[asyncio
 
     class PunctualProtocol(H11Protocol):
         header_deadline: asyncio.TimerHandle | None = None
-        write_deadline: asyncio.TimerHandle | None = None
+        reader: _Reader
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.header_deadline = self.loop.call_later(header_seconds, transport.close)
+            self.reader = _Reader(self.loop, transport, write_seconds)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -184,34 +210,20 @@ def _build_protocol(header_seconds: float, write_seconds: float) -> type[asyncio
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self.watch_reader()
+            self.reader.watch()
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self.forget_reader()
+            self.reader.forget()
 
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
-            self.watch_reader()  # closing waits for the client to read what is left
-
-        def watch_reader(self, left: float = math.inf) -> None:
-            """Cut the connection off when too little of what is left to send went out in the last `write_seconds`."""
-            now = self.transport.get_write_buffer_size()
-            if now and now > left - WRITE_STEP:
-                self.transport.abort()
-            elif now:
-                self.forget_reader()
-                self.write_deadline = self.loop.call_later(write_seconds, self.watch_reader, now)
-
-        def forget_reader(self) -> None:
-            if self.write_deadline is not None:
-                self.write_deadline.cancel()
-                self.write_deadline = None
+            self.reader.watch()  # closing waits for the client to read what is left
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self.header_deadline is not None:
                 self.header_deadline.cancel()
-            self.forget_reader()
+            self.reader.forget()
             super().connection_lost(exc)
 
     return PunctualProtocol

@@ -191,7 +191,7 @@ CASES = (
         "chat content",
         send(CHAT, {"model": "echo", "messages": [{"role": "user", "content": {"a": 1}}]}),
         400,
-        "'messages[0].content': expected `str | array`, got `object`",
+        "'messages[0].content': expected `str | array | null`, got `object`",
     ),
     Case(
         "chat part",
