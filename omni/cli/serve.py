@@ -164,14 +164,14 @@ def build_settings(args: argparse.Namespace) -> ServerSettings:
     """The server's settings. Raises UsageError."""
     import os
 
-    from omni.server.access import LOOPBACK_NAMES, parse_api_keys
+    from omni.server.access import parse_api_keys
     from omni.server.settings import ServerSettings
 
-    trusted = tuple(args.trusted_host)
-    if not trusted and is_loopback(args.host):
-        trusted = LOOPBACK_NAMES
+    keys, trusted = parse_api_keys(args.api_key, os.environ), tuple(args.trusted_host)
+    if not trusted and (is_loopback(args.host) or not keys):
+        trusted = own_names(args.host)
     return ServerSettings(
-        api_keys=parse_api_keys(args.api_key, os.environ),
+        api_keys=keys,
         cors_origins=tuple(args.cors_origin),
         trusted_hosts=trusted,
         public_url=args.public_url,
@@ -241,6 +241,17 @@ def welcome(url: str, graphs: dict[str, AsyncOmni], has_keys: bool) -> list[str]
     return [*lines, f"try: curl {url}/v1/graphs{key}"]
 
 
+def own_names(host: str) -> tuple[str, ...]:
+    """What a server on `host` goes by when nobody says: its addresses, and the names that it surely has."""
+    import socket
+
+    from omni.server.access import ANY_ADDRESS, LOOPBACK_NAMES
+
+    if is_loopback(host):
+        return LOOPBACK_NAMES
+    return tuple(dict.fromkeys((ANY_ADDRESS, "localhost", socket.gethostname().lower(), host.lower())))
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches the address."""
     import ipaddress
@@ -256,7 +267,12 @@ def is_loopback(host: str) -> bool:
 def warn(args: argparse.Namespace, settings: ServerSettings) -> None:
     """Say on stderr what is open to others."""
     if not settings.api_keys and not is_loopback(args.host):
-        print(f"warning: --host {args.host} without --api-key: whoever reaches it may use it", file=sys.stderr)
+        names = ", ".join(settings.trusted_hosts).replace("[ip]", "its IP addresses")
+        print(
+            f"warning: --host {args.host} without --api-key: whoever reaches it may use it; "
+            f"it goes by {names} (--trusted-host NAME sets others)",
+            file=sys.stderr,
+        )
 
 
 def _set_up_logs(verbose: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """Answered without a key: whether the server is well, and the page on which a key is typed in."""
 OPEN_FOLDER = "/page/"
 """The files of the page."""
+ANY_ADDRESS = "[ip]"
+"""Stands for every IP address among trusted hosts: a web page can give itself any name, but no address of ours."""
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -176,7 +179,7 @@ class AccessGuard:
         return any(
             name == trusted or (trusted.startswith("*.") and name.endswith(trusted[1:]))
             for trusted in self.trusted_hosts
-        )
+        ) or (ANY_ADDRESS in self.trusted_hosts and _is_address(name))
 
     def _is_allowed(self, origin: bytes, host: bytes) -> bool:
         text, own_host = origin.decode("latin-1").lower(), host.decode("latin-1").lower()
@@ -210,6 +213,14 @@ def _host_name(host: bytes) -> str:
         return (urlsplit(f"//{host.decode('ascii')}").hostname or "").rstrip(".")
     except ValueError:
         return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _origin_of(url: str) -> str:

@@ -15,7 +15,7 @@ from omni.errors import OmniError
 from omni.server import answers, bodies
 from omni.server.answers import json_answer
 from omni.server.context import Context
-from omni.server.errors import as_api_error
+from omni.server.errors import answer_headers, as_api_error
 from omni.server.job_object import JobDeleted, JobList, JobObject
 from omni.server.limits import add_guards, form_limits
 from omni.server.media_inputs import MediaReader
@@ -110,7 +110,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if told.status >= 500:
         cause = None if isinstance(error, OmniError) else error
         log.error("%s %s: %s", request.method, request.url.path, told, exc_info=cause)
-    return json_answer(told.body(), told.status, told.headers)
+    return json_answer(told.body(), told.status, answer_headers(told))
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

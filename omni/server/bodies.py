@@ -105,7 +105,8 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | ImagePart]
+    content: str | list[TextPart | ImagePart] | None = None
+    """None, or left out: an answer of the assistant that said nothing."""
     name: str | None = None
 
 

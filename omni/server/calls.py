@@ -37,6 +37,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     outputs: dict[str, Any]
     num_tokens: int = 0
     """Tokens that language models wrote."""
+    cut: tuple[str, ...] = ()
+    """The stages that wrote as much as they may."""
 
 
 async def until_left(request: Request, work: Coroutine[Any, Any, T], seconds: float) -> T:
@@ -76,12 +78,16 @@ async def _live_events(context: Context, order: JobOrder) -> AsyncGenerator[Even
 async def run_one(context: Context, order: JobOrder) -> Outcome:
     """Run a request to its end. Raises RequestFailed or RequestAborted, and what the service raises."""
     tokens: dict[str, int] = {}
+    ends: dict[str, bool] = {}
     async with contextlib.aclosing(events_of(context, order)) as events:
         async for event in events:
             count_token(event, tokens)
+            if isinstance(event, StageProgress):
+                ends[event.stage] = is_cut(event)
             if isinstance(event, Done):
                 note_graph_seconds(event.seconds)
-                return Outcome(outputs=event.outputs, num_tokens=sum(tokens.values()))
+                cut = tuple(stage for stage, ended in ends.items() if ended)
+                return Outcome(outputs=event.outputs, num_tokens=sum(tokens.values()), cut=cut)
             raise_if_over(event)
     raise RunnerError("the request ended without a final event")
 
@@ -104,6 +110,11 @@ def count_token(event: Event, tokens: dict[str, int]) -> None:
         tokens[event.stage] = event.step
     elif isinstance(event, StageText):
         tokens.setdefault(event.stage, 0)
+
+
+def is_cut(event: StageProgress) -> bool:
+    """Whether a language model has written as much as it may."""
+    return event.unit == TOKEN and event.step >= event.num_steps
 
 
 def raise_if_over(event: Event) -> None:

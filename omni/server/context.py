@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,8 +13,9 @@ from omni.api import AsyncOmni
 from omni.errors import InputError
 from omni.graph import Graph, base_type
 from omni.server.errors import ApiError, bad_request, not_found, quoted
-from omni.server.graph_facts import FRAMES_INPUTS, output_types
+from omni.server.graph_facts import FPS_INPUTS, FRAMES_INPUTS, default_of, output_types
 from omni.server.media_inputs import MediaReader
+from omni.server.media_room import RequestMedia
 from omni.server.service import Service
 from omni.server.settings import ServerSettings
 
@@ -67,16 +69,31 @@ class Context(msgspec.Struct, frozen=True):
             )
         return fitting[0]
 
-    async def read_inputs(self, graph: Graph, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Values for the inputs of a graph: media are decoded, sizes and lengths are bounded. Raises ApiError."""
-        check_bounds(raw, self.settings)
+    def ends_at(self) -> float:
+        """When a synchronous request that begins now is over, media and waiting included; see time.monotonic."""
+        return time.monotonic() + self.settings.request_seconds
+
+    def open_media(self, request: Request, graph: str) -> RequestMedia:
+        """The count of the media that a request for a graph brings; it ends with the answer."""
+        counted = self.media.open(lambda: self.service.check_room(graph, key_of(request)))
+        request.state.held.callback(counted.close)
+        return counted
+
+    async def read_inputs(
+        self, graph: Graph, raw: Mapping[str, Any], counted: RequestMedia, n: int = 1
+    ) -> dict[str, Any]:
+        """Values for the inputs of a graph: media are decoded, sizes and lengths are bounded. Raises ApiError.
+
+        `n` is how often the graph will run with them.
+        """
+        check_bounds(graph, raw, self.settings, n)
         inputs: dict[str, Any] = {}
         for name, value in raw.items():
             kind = base_type(graph.inputs[name].type) if name in graph.inputs else "any"
             if isinstance(value, bytes) and kind not in MEDIA:
                 raise bad_request(f"'{name}' takes {'text' if kind == 'text' else 'a value'}, not a file", name)
             if kind in MEDIA:
-                value = await self.read_medium(value, kind, name)
+                value = await self.read_medium(value, kind, name, counted)
             elif hasattr(value, "read"):
                 raise bad_request(f"'{name}' must be a value, not a file", name)
             if name in graph.inputs and graph.inputs[name].type.startswith("list[") and not isinstance(value, list):
@@ -84,10 +101,10 @@ class Context(msgspec.Struct, frozen=True):
             inputs[name] = value
         return inputs
 
-    async def read_medium(self, value: Any, kind: Any, name: str, alpha: bool = False) -> Any:
+    async def read_medium(self, value: Any, kind: Any, name: str, counted: RequestMedia, alpha: bool = False) -> Any:
         """A picture, clip, sound or tensor, or a list of them. Raises ApiError naming the field."""
         try:
-            return await self.media.resolve(reference(value, name), kind, name, alpha=alpha)
+            return await self.media.resolve(reference(value, name), kind, name, counted, alpha=alpha)
         except InputError as error:
             raise bad_request(str(error), name) from None
 
@@ -106,7 +123,7 @@ def reference(value: Any, name: str) -> Any:
     raise bad_request(f"'{name}' must be a file, a URL, or an object with image_url", name)
 
 
-def check_bounds(inputs: Mapping[str, Any], settings: ServerSettings) -> None:
+def check_bounds(graph: Graph, inputs: Mapping[str, Any], settings: ServerSettings, n: int = 1) -> None:
     """Refuse what would take too long or too much memory. Raises ApiError naming the input."""
 
     def bound(name: str, most: float, unit: str = "") -> None:
@@ -127,9 +144,26 @@ def check_bounds(inputs: Mapping[str, Any], settings: ServerSettings) -> None:
     if isinstance(width, int) and isinstance(height, int) and width * height > settings.max_output_pixels:
         most = settings.max_output_pixels
         raise bad_request(f"{width}x{height} are {width * height} pixels; at most {most} are drawn", "size")
+    if (pixels := n * made_pixels(graph, inputs)) > settings.max_made_pixels:
+        most = settings.max_made_pixels
+        raise bad_request(f"the request asks for {pixels:.0f} pixels in all; at most {most} are made", "size")
     for name, value in inputs.items():
-        if isinstance(value, str) and len(value) > settings.max_text_chars and not value.startswith("data:"):
-            raise bad_request(f"'{name}' has {len(value)} characters; at most {settings.max_text_chars} are read", name)
+        is_medium = name in graph.inputs and base_type(graph.inputs[name].type) in MEDIA
+        texts = [] if is_medium else value if isinstance(value, list) else [value]
+        num_chars = sum(len(text) for text in texts if isinstance(text, str))
+        if num_chars > settings.max_text_chars:
+            raise bad_request(f"'{name}' has {num_chars} characters; at most {settings.max_text_chars} are read", name)
+
+
+def made_pixels(graph: Graph, inputs: Mapping[str, Any]) -> float:
+    """Pixels of all frames and pictures of one run, as far as the request and the graph tell; else 0."""
+
+    def said(names: Sequence[str]) -> float:
+        values = (inputs.get(name, default_of(graph, name)) for name in names)
+        return next((value for value in values if isinstance(value, (int, float)) and value > 0), 0)
+
+    frames = said(FRAMES_INPUTS) or said(SECONDS_INPUTS) * said(FPS_INPUTS)
+    return said(("width",)) * said(("height",)) * max(frames, 1) * max(said(BATCH_INPUTS), 1)
 
 
 def key_of(request: Request) -> str:

@@ -21,6 +21,9 @@ def chat_inputs(graph: Graph, messages: Sequence[ChatMessage], gives_text: bool)
     A graph with an input `messages` gets all of them. Otherwise the last user message is the prompt, after what was
     said before it when the graph answers in text; system messages go to the input `system`, or before the prompt.
     """
+    for number, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            raise bad_request(f"'messages[{number}].content' is missing", f"{MESSAGES}[{number}].content")
     asked = [message for message in messages if message.role == "user"]
     if not asked:
         raise bad_request("'messages' has no message of the user", MESSAGES)
@@ -42,6 +45,8 @@ def chat_inputs(graph: Graph, messages: Sequence[ChatMessage], gives_text: bool)
 
 def parts_of(message: ChatMessage) -> list[TextPart | ImagePart]:
     """The parts of a message."""
+    if message.content is None:
+        return []
     return [TextPart(text=message.content)] if isinstance(message.content, str) else message.content
 
 

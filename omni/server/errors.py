@@ -15,10 +15,12 @@ from starlette.requests import ClientDisconnect
 
 from omni.errors import InputError, OmniError, RequestAborted, RequestFailed, StageError, UsageError
 from omni.graph import nearest
-from omni.server.jobs import Draining, IdempotencyConflict, QueueFull
+from omni.server.jobs import Draining, IdempotencyConflict, QueueFull, StoreError
 
-DRAIN_RETRY_SECONDS = 5
-"""When another try is worth it while this server stops: another one should have taken over by then."""
+RETRY_SECONDS = 5
+"""When another try is worth it while this server stops, or its store is away: another one may have taken over then."""
+RETRIED = (408, 409)
+"""Statuses besides 5xx with which OpenAI's clients send a request again, twice."""
 MAX_QUOTED = 100
 """Characters of a client's text in a message."""
 NAMED_INPUT = re.compile(r"(?:unknown )?input '([^']+)'|(seed|preview_every) must")
@@ -77,6 +79,16 @@ class ApiError(OmniError):
         )
 
 
+def answer_headers(error: ApiError) -> dict[str, str]:
+    """Headers of the answer. OpenAI's clients are told not to repeat what would fail again, or cost as much again.
+
+    Worth another try is what says when, by Retry-After.
+    """
+    if "Retry-After" in error.headers or (error.status < 500 and error.status not in RETRIED):
+        return error.headers
+    return {"x-should-retry": "false", **error.headers}
+
+
 def quoted(name: str, known: Iterable[str], where: str = "") -> str:
     """A client's name in quotes, `where`, and the nearest known one; a long one is cut, and not compared."""
     if len(name) > MAX_QUOTED:
@@ -105,7 +117,9 @@ def as_api_error(error: BaseException) -> ApiError:
             seconds = str(max(1, math.ceil(error.retry_after_seconds)))
             return ApiError(429, str(error), None, "queue_full", {"Retry-After": seconds})
         case Draining():
-            return ApiError(503, str(error), None, "draining", {"Retry-After": str(DRAIN_RETRY_SECONDS)})
+            return ApiError(503, str(error), None, "draining", {"Retry-After": str(RETRY_SECONDS)})
+        case StoreError():
+            return ApiError(503, _one_line(str(error)), None, "store_unavailable", {"Retry-After": str(RETRY_SECONDS)})
         case IdempotencyConflict():
             return ApiError(409, str(error), "Idempotency-Key", "idempotency_conflict")
         case InputError() | UsageError():

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from omni.errors import InputError
 from omni.graph import Graph, base_type
 from omni.server.errors import MAX_QUOTED, ApiError, bad_request, quoted
 from omni.server.graph_facts import FPS_INPUTS, FRAMES_INPUTS, frames_per_second
+from omni.server.limits import JsonTexts, NotJson
 from omni.server.reading import convert
 
 Api = Literal["image", "video", "audio", "chat"]
@@ -206,19 +208,20 @@ def translate(
     api: Api,
     *,
     extra: Mapping[str, Any] = {},
-    is_form: bool = False,
+    texts: JsonTexts | None = None,
     allow_unknown: bool = False,
 ) -> dict[str, Any]:
     """Inputs of the graph by name, values as they came where no parameter tells their type.
 
-    `extra` are parameters of which those that nobody knows are dropped. Raises ApiError naming the parameter.
+    `texts` reads the JSON of a form. `extra` are parameters of which those that nobody knows are dropped. Raises
+    ApiError naming the parameter.
     """
     both = {**extra, **given}
     inputs: dict[str, Any] = {}
     said: dict[str, str] = {}
     for name, value in both.items():
         lenient = allow_unknown or name not in given
-        for target, translated in _targets(graph, name, value, both, api, is_form, lenient).items():
+        for target, translated in _targets(graph, name, value, both, api, texts, lenient).items():
             if target in inputs:
                 raise bad_request(f"'{name}' and '{said[target]}' say the same thing twice", name)
             inputs[target], said[target] = translated, name
@@ -226,49 +229,49 @@ def translate(
 
 
 def _targets(
-    graph: Graph, name: str, value: Any, given: Mapping[str, Any], api: Api, is_form: bool, lenient: bool
+    graph: Graph, name: str, value: Any, given: Mapping[str, Any], api: Api, texts: JsonTexts | None, lenient: bool
 ) -> dict[str, Any]:
     parameter = BY_NAME.get(name)
     if name in graph.inputs:
-        return {name: typed_value(graph, name, value, is_form)}
+        return {name: typed_value(graph, name, value, texts)}
     if parameter is None or api not in parameter.apis:
         if lenient:
             return {}
         raise _unknown(graph, name, api)
     found = next((target for target in parameter.inputs if target in graph.inputs), None)
     if found is not None:
-        return {found: convert(value, parameter.type, is_form, name)}
+        return {found: convert(value, parameter.type, texts is not None, name)}
     if parameter.spread is not None:
-        return parameter.spread(graph, convert(value, parameter.type, is_form, name), given)
+        return parameter.spread(graph, convert(value, parameter.type, texts is not None, name), given)
     if parameter.ignored or lenient:
         return {}
     raise bad_request(f"this graph takes no '{name}' (it takes: {_listed(graph)})", name, "unsupported_parameter")
 
 
-def own_inputs(graph: Graph, given: Mapping[str, Any], *, is_form: bool = False) -> dict[str, Any]:
+def own_inputs(graph: Graph, given: Mapping[str, Any], *, texts: JsonTexts | None = None) -> dict[str, Any]:
     """Values for the graph's own inputs; None counts as left out. Raises ApiError for a name that it does not have."""
     for name in given:
         if name not in graph.inputs:
             message = f"unknown input {quoted(name, graph.inputs)} (this graph takes: {_listed(graph)})"
             raise bad_request(message, name[:MAX_QUOTED], "unknown_parameter")
     values = {name: value for name, value in given.items() if value is not None}
-    return {name: typed_value(graph, name, value, is_form) for name, value in values.items()}
+    return {name: typed_value(graph, name, value, texts) for name, value in values.items()}
 
 
-def typed_value(graph: Graph, name: str, value: Any, is_form: bool = False) -> Any:
+def typed_value(graph: Graph, name: str, value: Any, texts: JsonTexts | None = None) -> Any:
     """A value for the graph's own input `name`: well-known numbers are checked, text of a form may be JSON."""
     if base_type(graph.inputs[name].type) not in ("json", "any"):
         return value
     parameter = BY_NAME.get(name)
     if parameter is not None and name in parameter.inputs:
-        return convert(value, parameter.type, is_form, name)
-    if is_form and isinstance(value, str):
+        return convert(value, parameter.type, texts is not None, name)
+    if texts is not None and isinstance(value, str):
         try:
-            return msgspec.json.decode(value)
-        except msgspec.DecodeError:
+            return texts.decode(value, f"'{name}'")
+        except NotJson:
             return value
-        except RecursionError:
-            raise bad_request(f"'{name}' has brackets inside brackets, far too deep", name) from None
+        except InputError as error:
+            raise bad_request(str(error), name) from None
     return value
 
 

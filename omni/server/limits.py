@@ -1,4 +1,4 @@
-"""Bounds on a request as bytes: size and pace of its body, pace and size of its headers, depth of its JSON."""
+"""Bounds on a request as bytes: its body, headers and JSON, and the pace at which its answer is read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class BodyGuard:
     """ASGI middleware: 413 for a body that is too large, with or without Content-Length, 408 for one too slow,
     431 for headers that are too large in all.
 
-    The app sees its client leave, and whatever it still sends goes nowhere.
+    The app sees its client leave, and whatever it still sends goes nowhere. `request.state.held` is an ExitStack that
+    is closed when the answer has been sent, or never will be.
     """
 
     def __init__(self, app: App, settings: ServerSettings) -> None:
@@ -69,7 +70,8 @@ class BodyGuard:
             await refuse(send, 413, self._too_large(), "body_too_large")
             return
         exchange = _Exchange(self, receive, send)
-        with contextlib.suppress(ClientDisconnect):
+        with contextlib.ExitStack() as held, contextlib.suppress(ClientDisconnect):
+            scope.setdefault("state", {})["held"] = held
             await self.app(scope, exchange.receive, exchange.send)
 
     def _too_large(self) -> str:
@@ -111,7 +113,7 @@ class _Exchange:
     async def _refuse(self, status: int, message: str, code: str) -> Message:
         self._refused = True
         if not self._answered:
-            await refuse(self._send, status, message, code)
+            await refuse(self._send, status, message, code, ((b"x-should-retry", b"false"),))
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -129,13 +131,16 @@ def form_limits(settings: ServerSettings) -> dict[str, int]:
     }
 
 
-# Headers -----------------------------------------------------------------------------------------------------------
+# Connections -------------------------------------------------------------------------------------------------------
+
+WRITE_STEP = 64 * 1024
+"""Bytes of an answer that a client must read in `write_seconds`."""
 
 
 def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
-    """Keyword arguments of uvicorn.Config that bound headers, idle connections and their number."""
+    """Keyword arguments of uvicorn.Config that bound headers, idle connections, their number, and slow readers."""
     return {
-        "http": _build_protocol(settings.header_seconds),
+        "http": _build_protocol(settings.header_seconds, settings.write_seconds),
         "ws": "none",
         "h11_max_incomplete_event_size": settings.max_header_bytes,
         "timeout_keep_alive": settings.keep_alive_seconds,
@@ -144,16 +149,46 @@ def uvicorn_options(settings: ServerSettings) -> dict[str, Any]:
     }
 
 
-def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol with a deadline for each request's headers; uvicorn itself waits for them for ever."""
+class _Reader:
+    """The client as one who reads an answer: too slowly, and it is cut off."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, seconds: float) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._seconds = seconds
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def watch(self, left: float = math.inf) -> None:
+        """Look again in a while; cut the connection off when by then too little of what is `left` has gone out."""
+        now = self._transport.get_write_buffer_size()
+        if now and now > left - WRITE_STEP:
+            self._transport.abort()
+        elif now:
+            self.forget()
+            self._deadline = self._loop.call_later(self._seconds, self.watch, now)
+
+    def forget(self) -> None:
+        """It has read all that was sent, or it has left."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def _build_protocol(header_seconds: float, write_seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with deadlines for a request's headers and for the client to read the answer.
+
+    uvicorn itself waits for both for ever. A connection that is cut off wakes whoever sends or waits for it to end.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class PunctualProtocol(H11Protocol):
         header_deadline: asyncio.TimerHandle | None = None
+        reader: _Reader
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.header_deadline = self.loop.call_later(header_seconds, transport.close)
+            self.reader = _Reader(self.loop, transport, write_seconds)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -173,9 +208,22 @@ def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
             elif begun and self.header_deadline is None:
                 self.header_deadline = self.loop.call_later(header_seconds, self.transport.close)
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.reader.watch()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.reader.forget()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self.reader.watch()  # closing waits for the client to read what is left
+
         def connection_lost(self, exc: Exception | None) -> None:
             if self.header_deadline is not None:
                 self.header_deadline.cancel()
+            self.reader.forget()
             super().connection_lost(exc)
 
     return PunctualProtocol
@@ -183,10 +231,55 @@ def _build_protocol(header_seconds: float) -> type[asyncio.Protocol]:
 
 # JSON --------------------------------------------------------------------------------------------------------------
 
-TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-"""Texts, and the brackets between them."""
+TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+"""Texts, and the brackets between them. Nothing is read twice: a text without an end goes to the end of the body."""
 MAX_NUMBER = 2**63
 """What stores, indexes and arrays hold."""
+
+
+class NotJson(InputError):
+    """A text is no JSON at all."""
+
+
+class _Fault(Exception):
+    """What is wrong with a JSON text, to be said of it."""
+
+
+class JsonTexts:
+    """Reads all JSON texts of one request, which together may have `max_json_items` values."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self._items_left = settings.max_json_items
+
+    def decode(self, text: str, where: str) -> Any:
+        """The value of a text. Raises InputError, NotJson for a text that is none; both begin with `where`."""
+        try:
+            return self._decode(text)
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise NotJson(f"{where} is not JSON: {error.msg}, {place}") from None
+        except _Fault as fault:
+            raise InputError(f"{where} has {fault}") from None
+
+    def _decode(self, text: str) -> Any:
+        # Counted before the parser runs: it would take minutes and gigabytes, or run out of stack.
+        brackets = text.count("[") + text.count("{")
+        self._items_left -= brackets + text.count(",")
+        if self._items_left < 0:
+            raise _Fault(f"more than {self._settings.max_json_items} JSON values, the limit of this server")
+        if brackets > self._settings.max_json_depth:
+            _check_depth(text, self._settings.max_json_depth)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_number, parse_int=_whole, parse_float=_real
+        )
+        # The only way for lone surrogates: UTF-8 has none. One character is found ten times as fast as two.
+        if "\\" in text and "\\u" in text:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise _Fault("half a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+        return value
 
 
 def decode_json(body: bytes, settings: ServerSettings) -> Any:
@@ -195,28 +288,7 @@ def decode_json(body: bytes, settings: ServerSettings) -> Any:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8 text, at byte {error.start}") from error
-    # Counted before the parser runs: it would take minutes and gigabytes, or run out of stack.
-    brackets = text.count("[") + text.count("{")
-    if brackets + text.count(",") > settings.max_json_items:
-        raise InputError(f"the body has more than {settings.max_json_items} JSON values, the limit of this server")
-    if brackets > settings.max_json_depth:
-        _check_depth(text, settings.max_json_depth)
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_number, parse_int=_whole, parse_float=_real
-        )
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"the body is not JSON: {error.msg}, {place}") from error
-    # The only way for lone surrogates: UTF-8 has none. One character is found ten times as fast as two.
-    if "\\" in text and "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                "the body has half a surrogate pair (\\ud800 to \\udfff), which is no character"
-            ) from error
-    return value
+    return JsonTexts(settings).decode(text, "the body")
 
 
 def _check_depth(text: str, max_depth: int) -> None:
@@ -224,7 +296,7 @@ def _check_depth(text: str, max_depth: int) -> None:
     for found in TOKENS.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found.group(), 0)
         if depth > max_depth:
-            raise InputError(f"the body has brackets inside brackets, more than {max_depth} deep")
+            raise _Fault(f"brackets inside brackets, more than {max_depth} deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -232,7 +304,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise InputError(f"the body has the field {twice[:60]!a} twice")
+        raise _Fault(f"the field {twice[:60]!a} twice")
     return found
 
 
@@ -250,4 +322,4 @@ def _real(text: str) -> float:
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise InputError(f"the body has the number {text[:40]}, which is too large or none; numbers have up to 64 bits")
+    raise _Fault(f"the number {text[:40]}, which is too large or none; numbers have up to 64 bits")

@@ -14,6 +14,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +24,7 @@ from omni.errors import InputError
 from omni.media import Audio, Video
 from omni.server.addresses import AddressRules, fetch
 from omni.server.decode_child import Answer
+from omni.server.media_room import MediaRoom, RequestMedia
 from omni.server.picture_parts import has_too_many_parts
 from omni.server.settings import ServerSettings
 
@@ -86,28 +88,56 @@ class MediaReader:
         self._settings = settings
         self._rules = rules or AddressRules(settings.allowed_hosts)
         self._decoders = asyncio.Semaphore(settings.max_decoders)
+        self._room = MediaRoom(settings)
 
-    async def resolve(self, value: Any, media_type: MediaType, name: str, *, alpha: bool = False) -> Any:
+    def open(self, check_queue: Callable[[], None] = lambda: None) -> RequestMedia:
+        """The count of one request's media; see RequestMedia."""
+        return RequestMedia(self._settings, self._room, check_queue)
+
+    async def resolve(
+        self, value: Any, media_type: MediaType, name: str, counted: RequestMedia, *, alpha: bool = False
+    ) -> Any:
         """A PIL image, omni.media.Video, omni.media.Audio or tensor, or a list of them for a list.
 
         `value` is bytes (an upload), a data URL, an allowed http(s) URL, or a list of these; `name` is the field, for
-        messages; `alpha` keeps the transparency of a picture (RGBA, else RGB). Raises InputError.
+        messages; `counted` is the request's count; `alpha` keeps the transparency of a picture (RGBA, else RGB).
+        Raises InputError, or ApiError when there is no room.
         """
         if not isinstance(value, list):
-            return await self._resolve_one(value, media_type, name, alpha)
+            return await self._resolve_one(value, media_type, name, counted, alpha)
         if len(value) > self._settings.max_media:
             raise InputError(f"input '{name}' has {len(value)} items; at most {self._settings.max_media} are read")
-        return [await self._resolve_one(item, media_type, f"{name}[{i}]", alpha) for i, item in enumerate(value)]
+        found = []
+        for index, item in enumerate(value):
+            found.append(await self._resolve_one(item, media_type, f"{name}[{index}]", counted, alpha))
+        return found
 
-    async def _resolve_one(self, value: Any, media_type: MediaType, name: str, alpha: bool) -> Any:
+    async def _resolve_one(
+        self, value: Any, media_type: MediaType, name: str, counted: RequestMedia, alpha: bool
+    ) -> Any:
+        counted.begin()
         data = await self._content(value, name)
         if not data:
             raise InputError(f"input '{name}' is empty")
         limits = read_limits(self._settings, alpha=alpha)
-        async with self._decoders:
-            if media_type in ("video", "audio"):
-                return await decode_apart(data, media_type, f"input '{name}'", limits)
-            return await asyncio.to_thread(decode_here, data, media_type, f"input '{name}'", limits)
+        decoded = await self._decode(data, media_type, f"input '{name}'", limits)
+        counted.add(decoded)
+        return decoded
+
+    async def _decode(self, data: bytes, media_type: MediaType, where: str, limits: ReadLimits) -> Any:
+        if media_type in ("video", "audio"):
+            async with self._decoders:
+                return await decode_apart(data, media_type, where, limits)
+        await self._decoders.acquire()
+        # A thread cannot be stopped: it keeps its slot when nobody waits for it any more.
+        task = asyncio.ensure_future(asyncio.to_thread(decode_here, data, media_type, where, limits))
+        task.add_done_callback(self._picture_done)
+        return await asyncio.shield(task)
+
+    def _picture_done(self, task: asyncio.Future[Any]) -> None:
+        self._decoders.release()
+        if not task.cancelled():
+            task.exception()  # nobody may be left to take it
 
     async def _content(self, value: Any, name: str) -> bytes:
         settings = self._settings

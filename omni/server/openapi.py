@@ -31,6 +31,9 @@ EVENT = {"type": "object", "properties": {name: {"type": "string"} for name in (
 EVENTS = {"text/event-stream": EVENT}
 
 
+NO_CONTENT = 204
+
+
 def operation(
     summary: str,
     *,
@@ -55,6 +58,8 @@ def operation(
         answers["application/json"] = {"schema": reference(answer)}
     answers |= {media_type: {"schema": schema} for media_type, schema in (content or {}).items()}
     described: dict[int | str, Any] = {code: {"description": summary, "content": answers} for code in (status, *also)}
+    if NO_CONTENT in described:
+        described[NO_CONTENT] = {"description": f"{summary}: nothing more"}
     for code in errors:
         described[code] = {"description": ERRORS[code], "content": {"application/json": {"schema": _error()}}}
     extra: dict[str, Any] = {}

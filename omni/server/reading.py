@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from omni.server.errors import ApiError, bad_request
-from omni.server.limits import decode_json, form_limits
+from omni.server.limits import JsonTexts, decode_json, form_limits
 from omni.server.settings import ServerSettings
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -66,8 +66,13 @@ class Body(msgspec.Struct, frozen=True):
     """The fields of a request; a file is bytes."""
 
     fields: dict[str, Any]
-    is_form: bool
-    """Numbers and truth values come as text."""
+    texts: JsonTexts | None = None
+    """Of a form: numbers and truth values come as text, and so does JSON, which this reads."""
+
+    @property
+    def is_form(self) -> bool:
+        """Whether values come as text."""
+        return self.texts is not None
 
 
 async def read_body(request: Request, settings: ServerSettings) -> Body:
@@ -76,9 +81,9 @@ async def read_body(request: Request, settings: ServerSettings) -> Body:
     if media_type in FORMS:
         limits = form_limits(settings)
         if media_type == MULTIPART:
-            return Body(_nested(await read_parts(request, limits)), True)
+            return Body(_nested(await read_parts(request, limits)), JsonTexts(settings))
         async with request.form(**limits) as form:  # no files in this kind
-            return Body(_nested(list(form.multi_items())), True)
+            return Body(_nested(list(form.multi_items())), JsonTexts(settings))
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ApiError(
             415,
@@ -89,7 +94,7 @@ async def read_body(request: Request, settings: ServerSettings) -> Body:
     fields = decode_json(await request.body(), settings)
     if not isinstance(fields, dict):
         raise bad_request(f"the body must be a JSON object, not {_json_type(fields)}", None, "invalid_json")
-    return Body({name: value for name, value in fields.items() if value is not None}, False)
+    return Body({name: value for name, value in fields.items() if value is not None})
 
 
 def split_fields(body: Body, struct: type[T]) -> tuple[T, dict[str, Any]]:

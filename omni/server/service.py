@@ -111,6 +111,10 @@ class Service:
         """Requests of a graph that run in this process."""
         return self._dispatcher.queue.running(graph)
 
+    def check_room(self, graph: str, key: str) -> None:
+        """Raise QueueFull or Draining when no further request of a graph and key can wait."""
+        self._dispatcher.check(graph, key)
+
     @property
     def num_listeners(self) -> int:
         """Clients that listen to a job's events here."""

@@ -16,8 +16,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     """Origins (`https://studio.example`) whose pages may call this server; `*` for all. Others are refused."""
     trusted_hosts: tuple[str, ...] = ()
-    """Names under which the server is reached (`Host` header, without port; `*.example.com` works); none: any.
-    A server on a loopback address sets its own, so that no web page reaches it through a name of its own making."""
+    """Names under which the server is reached (`Host` header, without port; `*.example.com` works, and `[ip]` for any
+    IP address); none: any. `omni serve` sets them where no API key is needed, so that no web page reaches the server
+    through a name of its own making."""
     public_url: str = ""
     """Address that clients see, for links in answers (`https://images.example/omni`); empty: the request's own."""
 
@@ -39,6 +40,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Time for a body, on top of what it takes at `min_body_rate`."""
     min_body_rate: int = 64 * 1024
     """Bytes per second that a slow client must reach."""
+    write_seconds: float = 60.0
+    """Time in which a client must read the next 64 KiB of an answer, or all that is left; else it is cut off."""
     keep_alive_seconds: float = 15.0
     """How long an idle connection stays open."""
     max_connections: int = 2048
@@ -64,6 +67,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`num_inference_steps` of one request."""
     max_output_pixels: int = 16 * 1024**2
     """Width times height of what is drawn."""
+    max_made_pixels: int = 1024**3
+    """Width times height times frames times pictures of what one request makes."""
     max_output_frames: int = 2048
     """Frames of a clip that is drawn."""
     max_output_seconds: float = 300.0
@@ -82,8 +87,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Width or height of one picture or clip."""
     max_frames: int = 1024
     """Frames of one clip."""
+    max_request_pixels: int = 64 * 1024**2
+    """Pixels of all pictures of one request."""
     max_decoded_bytes: int = 1024**3
-    """Size of one decoded clip or sound."""
+    """Size of one decoded clip or sound, and of all media of one request."""
+    max_held_bytes: int = 4 * 1024**3
+    """Decoded media of all requests that wait, run, or are answered; beyond, requests with media get 503."""
     decode_seconds: float = 60.0
     """Time to decode one clip or sound."""
     max_decoders: int = 4

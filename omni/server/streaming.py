@@ -19,6 +19,8 @@ PING_SECONDS = 15.0
 """After so long without an event comes a comment, so that proxies keep the connection."""
 BUFFERED_EVENTS = 16
 """Events that wait for a slow reader; after that, their source waits."""
+LAST_WORDS_SECONDS = 1.0
+"""Time to say that a stream's time is over; to a client that does not read it cannot be said."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PING = format_sse_event(comment="ping")
 END = format_sse_event(data_str="[DONE]")
@@ -76,11 +78,12 @@ class EventStream(EventSourceResponse):
         receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
         send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
     ) -> None:
-        """Send the events until the last one, or until the client leaves."""
+        """Send the events until the last one, the deadline, or until the client leaves."""
         sending = asyncio.ensure_future(self.stream_response(send))
         leaving = asyncio.ensure_future(client_left(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            left = max(self._deadline - time.monotonic(), 0) + LAST_WORDS_SECONDS
+            await asyncio.wait({sending, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 with contextlib.suppress(OSError):  # some servers tell so that the client has left
                     sending.result()

@@ -12,7 +12,7 @@ from omni.cli.main import build_parser
 from omni.cli.progress import View
 from omni.cli.serve import build_graphs, build_service, build_settings, is_loopback, warn, welcome
 from omni.errors import UsageError
-from omni.server.access import LOOPBACK_NAMES
+from omni.server.access import ANY_ADDRESS, LOOPBACK_NAMES
 from omni.server.hosting import bind
 from omni.testing import doubles
 
@@ -82,9 +82,14 @@ def test_names_of_graphs_go_into_addresses(folder: Path) -> None:
 def test_only_this_machine_reaches_it_by_default(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_settings(parsed()).trusted_hosts == LOOPBACK_NAMES
     open_to_all = parsed("--host", "0.0.0.0")
-    assert build_settings(open_to_all).trusted_hosts == ()
+    own = build_settings(open_to_all).trusted_hosts
+    assert own[:2] == (ANY_ADDRESS, "localhost")
+    assert build_settings(parsed("--host", "0.0.0.0", "--api-key", f"a={'x' * 16}")).trusted_hosts == ()
+    assert build_settings(parsed("--host", "0.0.0.0", "--trusted-host", "b.test")).trusted_hosts == ("b.test",)
     warn(open_to_all, build_settings(open_to_all))
-    assert "0.0.0.0 without --api-key" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "0.0.0.0 without --api-key: whoever reaches it may use it; it goes by its IP addresses, localhost, " in said
+    assert "--trusted-host NAME" in said
     assert [is_loopback(host) for host in ("localhost", "::1", "10.0.0.1", "example.org")] == [True, True, False, False]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import pytest
 from sqlalchemy import create_engine
 
 from omni import AsyncOmni
+from omni.server.app import build_app
 from omni.server.files import FileStore
 from omni.server.service import Service
 from omni.server.service_settings import ServiceSettings
+from omni.server.settings import ServerSettings
 from omni.server.store import JobStore
 from omni.server.tables import METADATA
+from tests.server.app_site import Site, client_of
 from tests.server.postgres import running_postgres
 
 HERE = Path(__file__).parent
@@ -62,6 +66,29 @@ async def make_service(tmp_path: Path) -> AsyncIterator[MakeService]:
     for service in services:
         async with asyncio.timeout(WAIT_SECONDS):
             await service.stop(0)
+
+
+@pytest.fixture
+async def serve(make_service: MakeService) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
+    """Starts a site: `await serve("echo", max_running=1)`; `settings` are the server's."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(graph: Any, settings: ServerSettings | None = None, **limits: Any) -> Site:
+            service = make_service({"g": graph}, **limits)
+            await service.start()
+            app = build_app(service, settings or ServerSettings())
+            client = await stack.enter_async_context(client_of(app))
+            return Site(service, app, client)
+
+        yield start
+
+
+@pytest.fixture
+def started() -> list[str]:
+    """Prompts that the graph has begun to work on."""
+    found: list[str] = importlib.import_module("tests.server.functions").started
+    found.clear()
+    return found
 
 
 class ServerProcess:

@@ -36,6 +36,22 @@ async def hold(prompt: str) -> str:
     return prompt
 
 
+async def hold_picture(prompt: str, image: Image.Image) -> str:
+    """As `hold`."""
+    return await hold(prompt)
+
+
+def watch(clip: Video) -> int:
+    """The number of frames."""
+    return len(clip.frames)
+
+
+def note_and_fail(prompt: str) -> str:
+    """Noted in `started`, then raises."""
+    started.append(prompt)
+    raise ValueError(f"no luck with {prompt}")
+
+
 def pass_gate(prompt: str) -> str:
     """`slow FILE`: wait until the file is there. `kill FILE`: kill this process, unless it is there."""
     word, _, gate = prompt.partition(" ")

@@ -6,6 +6,12 @@ from tests.server.hostile import CHAT, IMAGES, NUMBERS, PAINTER_TAKES, SPEECH, C
 
 CASES = (
     Case(
+        "text without an end",
+        send(CHAT, b"[]" * 33 + b'"' + b'\\"' * 100_000),
+        400,
+        "the body is not JSON: Extra data, line 1, column 3",
+    ),
+    Case(
         "body of text",
         send(IMAGES, "{}", {"Content-Type": "text/plain"}),
         415,
@@ -185,7 +191,7 @@ CASES = (
         "chat content",
         send(CHAT, {"model": "echo", "messages": [{"role": "user", "content": {"a": 1}}]}),
         400,
-        "'messages[0].content': expected `str | array`, got `object`",
+        "'messages[0].content': expected `str | array | null`, got `object`",
     ),
     Case(
         "chat part",

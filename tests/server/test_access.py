@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni.errors import UsageError
-from omni.server.access import AccessGuard, ApiKey, find_key, parse_api_keys
+from omni.server.access import ANY_ADDRESS, AccessGuard, ApiKey, find_key, parse_api_keys
 from omni.server.settings import ServerSettings
 from tests.server.asgi import Answer, call, echo
 
@@ -258,3 +258,13 @@ async def test_the_app_may_set_a_security_header_itself() -> None:
 
 def test_a_key_has_a_name_and_a_digest() -> None:
     assert len(ApiKey("a", KEYS[0].digest).digest) == 32
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("192.168.0.7:8000", 200), ("[fd00::7]:8000", 200), ("localhost", 200), ("img.test", 200), ("evil.test", 400)],
+)
+async def test_a_page_with_a_name_of_its_own_making_reaches_no_address(host: str, status: int) -> None:
+    """Its name leads to the server, and its origin is that name: only the name gives it away."""
+    settings = ServerSettings(trusted_hosts=(ANY_ADDRESS, "localhost"), public_url="https://img.test/omni")
+    assert (await ask(settings, host=host, origin=f"http://{host}")).status == status

@@ -1,89 +1,28 @@
-"""The app around a service: each error's status and shape, jobs, who leaves aborts, and the OpenAPI document."""
+"""The app around a service: each error's status and shape, jobs, and the OpenAPI document."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import jsonschema
 import pytest
-from fastapi import FastAPI
 
 from omni.server.access import parse_api_keys
-from omni.server.app import build_app
-from omni.server.service import Service
 from omni.server.settings import ServerSettings
-
-WAIT_SECONDS = 60
-CHAT, JOBS, IMAGES = "/v1/chat/completions", "/v1/graphs/g/jobs", "/v1/images/generations"
-PLAIN = {"content": b"a", "headers": {"content-type": "text/plain"}}
-LONG_KEY = {"idempotency-key": "k" * 300}
-HOOK = {"inputs": {"prompt": "x"}, "webhook": "http://a.example"}
-MakeService = Callable[..., Service]
-
-
-def chat(prompt: str, **fields: Any) -> dict[str, Any]:
-    return {"model": "g", "messages": [{"role": "user", "content": prompt}], **fields}
-
-
-@contextlib.asynccontextmanager
-async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
-
-
-class Site:
-    """A started service of one function, its app, and a client."""
-
-    def __init__(self, service: Service, app: FastAPI, client: httpx.AsyncClient) -> None:
-        self.service, self.app, self.client = service, app, client
-
-    async def error(self, method: str, path: str, **options: Any) -> tuple[int, dict[str, Any], httpx.Headers]:
-        answer = await self.client.request(method, path, **options)
-        assert answer.status_code >= 400, answer.text
-        error = answer.json()["error"]
-        assert set(error) >= {"message", "type", "param", "code"}
-        assert "Traceback" not in answer.text
-        return answer.status_code, error, answer.headers
-
-
-@pytest.fixture
-async def serve(make_service: MakeService) -> AsyncIterator[Callable[..., Awaitable[Site]]]:
-    """Starts a site: `await serve("echo", max_running=1)`; `settings` are the server's."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(graph: Any, settings: ServerSettings | None = None, **limits: Any) -> Site:
-            service = make_service({"g": graph}, **limits)
-            await service.start()
-            app = build_app(service, settings or ServerSettings())
-            client = await stack.enter_async_context(client_of(app))
-            return Site(service, app, client)
-
-        yield start
-
-
-Serve = Callable[..., Awaitable[Site]]
-
-
-@pytest.fixture
-def started() -> list[str]:
-    """Prompts that the graph has begun to work on."""
-    found: list[str] = importlib.import_module("tests.server.functions").started
-    found.clear()
-    return found
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not condition():
-            await asyncio.sleep(0.005)
-
+from tests.server.app_site import (
+    CHAT,
+    HOOK,
+    IMAGES,
+    JOBS,
+    LONG_KEY,
+    PLAIN,
+    Serve,
+    chat,
+    until,
+)
 
 # Errors ------------------------------------------------------------------------------------------------------------
 
@@ -238,6 +177,8 @@ async def test_jobs(serve: Serve) -> None:
     assert (kinds[0], kinds[-1]) == ("queued", "done")
     rest = await site.client.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": str(len(kinds) - 1)})
     assert rest.text.split("\n")[0] == "event: done"
+    rest = await site.client.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": str(len(kinds))})
+    assert (rest.status_code, rest.content) == (204, b"")
     assert (await site.error("GET", f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": "x"}))[0] == 400
     listed = (await site.client.get("/v1/jobs", params={"graph": "g", "state": "done"})).json()
     assert [found["id"] for found in listed["data"]] == [job["id"]]
@@ -257,41 +198,6 @@ async def test_a_running_job_is_aborted(serve: Serve, started: list[str]) -> Non
     assert "event: aborted" in text
     found = (await site.client.get(f"/v1/jobs/{job['id']}")).json()
     assert (found["state"], found["seed"], found["inputs"]) == ("aborted", 3, {"prompt": "hold"})
-
-
-# Who leaves --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fields", [{}, {"stream": True}])
-async def test_leaving_aborts_at_once(serve: Serve, started: list[str], fields: dict[str, Any]) -> None:
-    """The client is gone while the stage works: the request is over without a further look at the clock."""
-    site = await serve("hold", max_running=1)
-    left = asyncio.Event()
-    body = json.dumps(chat("hold", **fields)).encode()
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop()
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    headers = [(b"content-type", b"application/json"), (b"host", b"test")]
-    scope = {
-        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
-        "headers": headers, "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
-        "http_version": "1.1",
-    }  # fmt: skip
-    call = asyncio.ensure_future(site.app(scope, receive, send))
-    await until(lambda: started == ["hold"])
-    assert site.service.running("g") == 1
-    left.set()
-    async with asyncio.timeout(WAIT_SECONDS):
-        await call
-    assert site.service.running("g") == 0
 
 
 ROUTES = """\

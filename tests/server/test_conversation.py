@@ -29,6 +29,16 @@ TALK = messages(("system", "be brief"), ("user", "one"), ("assistant", "two"), (
 PICTURE = [{"type": "text", "text": "this"}, {"type": "image_url", "image_url": {"url": "data:x", "detail": "low"}}]
 
 
+def test_an_assistant_may_have_said_nothing() -> None:
+    talk = messages(("user", "one"), ("assistant", None), ("user", "two"))
+    assert chat_inputs(graph_of(prompt="text"), talk, True)[0] == {"prompt": "user: one\nassistant: \nuser: two"}
+    (said,) = chat_inputs(graph_of(messages="json"), talk, True)[0].values()
+    assert said[1]["content"] is None
+    with pytest.raises(ApiError, match=r"'messages\[1\].content' is missing") as caught:
+        chat_inputs(graph_of(prompt="text"), messages(("user", "one"), ("user", None)), True)
+    assert caught.value.param == "messages[1].content"
+
+
 @pytest.mark.parametrize(
     ("types", "gives_text", "inputs"),
     [

@@ -9,6 +9,8 @@ import pytest
 from omni.graph import Graph, resolve
 from omni.server.errors import ApiError
 from omni.server.fields import BY_NAME, PARAMETERS, own_inputs, translate
+from omni.server.limits import JsonTexts
+from omni.server.settings import ServerSettings
 from omni.spec import GraphSpec, InputSpec
 from omni.testing import DoubleSpec, doubles
 
@@ -63,10 +65,10 @@ def test_lengths(types: dict[str, str], given: dict[str, Any], inputs: dict[str,
 
 def test_text_of_forms_is_read() -> None:
     given = {"size": "64x64", "steps": "4", "guidance_scale": "2.5"}
-    found = translate(PAINTER, given, "image", is_form=True)
+    found = translate(PAINTER, given, "image", texts=JsonTexts(ServerSettings()))
     assert found == {"width": 64, "height": 64, "num_inference_steps": 4, "guidance_scale": 2.5}
     graph = graph_of(options="json", words="json")
-    assert own_inputs(graph, {"options": '{"a": 1}', "words": "plain"}, is_form=True) == {
+    assert own_inputs(graph, {"options": '{"a": 1}', "words": "plain"}, texts=JsonTexts(ServerSettings())) == {
         "options": {"a": 1},
         "words": "plain",
     }

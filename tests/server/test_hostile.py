@@ -13,13 +13,13 @@ import pytest
 
 from omni.server.access import parse_api_keys
 from omni.server.settings import ServerSettings
-from tests.server import hostile_access, hostile_media, hostile_values
+from tests.server import hostile_access, hostile_forms, hostile_media, hostile_values
 from tests.server.hostile import ANNA, BEN, PNG, VIDEOS, Case, echo, film, get, look
 from tests.server.live import live_server, say
 from tests.server.makers import GRAPHS
 from tests.server.raw_http import Answer, data_url, read_answer
 
-CASES = (*hostile_access.CASES, *hostile_values.CASES, *hostile_media.CASES)
+CASES = (*hostile_access.CASES, *hostile_values.CASES, *hostile_media.CASES, *hostile_forms.CASES)
 SETTINGS = ServerSettings(
     api_keys=parse_api_keys([f"anna={ANNA}", f"ben={BEN}"]),
     trusted_hosts=("localhost",),

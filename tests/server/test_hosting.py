@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from omni.errors import UsageError
+from omni.messages import Event, StageText
 from omni.server.app import build_app
 from omni.server.hosting import Hosting, address_of, bind
 from omni.server.service import Service
@@ -25,11 +26,13 @@ MakeService = Callable[..., Service]
 
 
 @contextlib.asynccontextmanager
-async def hosted(service: Service, drain_seconds: float = 0) -> AsyncIterator[tuple[Hosting, str]]:
+async def hosted(
+    service: Service, drain_seconds: float = 0, settings: ServerSettings | None = None
+) -> AsyncIterator[tuple[Hosting, str]]:
     """A running server, and its address."""
     bound = bind("127.0.0.1", 0)
-    app = build_app(service, ServerSettings())
-    hosting = Hosting(service, app, ServerSettings(), bound, drain_seconds=drain_seconds)
+    settings = settings or ServerSettings()
+    hosting = Hosting(service, build_app(service, settings), settings, bound, drain_seconds=drain_seconds)
     ready = asyncio.Event()
     url = address_of(bound)
     running = asyncio.create_task(hosting.run(ready.set))
@@ -115,3 +118,25 @@ def test_addresses_are_those_that_clients_use() -> None:
     if socket.has_ipv6:
         with contextlib.suppress(UsageError), bind("::1", 0) as bound:  # a machine may have no such address
             assert address_of(bound) == f"http://[::1]:{bound.getsockname()[1]}"
+
+
+async def test_a_stream_that_nobody_reads_gives_its_slot_back(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real connection whose client takes nothing, long before the request's own deadline."""
+    service = make_service({"g": "echo"}, max_running=1)
+
+    async def events(request: object) -> AsyncIterator[Event]:
+        while True:
+            yield StageText(request_id="r", stage="work", text="x" * 100_000)
+
+    monkeypatch.setattr(service.graphs["g"], "stream", events)
+    async with hosted(service, settings=ServerSettings(write_seconds=0.2)) as (_, url):
+        content = body("x", stream=True)
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            await until(lambda: service.running("g") == 1)
+            await until(lambda: service.running("g") == 0)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -190,6 +192,52 @@ async def test_huge_headers_are_refused() -> None:
         assert answer.startswith(b"HTTP/1.1 400 ")
 
 
+async def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sends goes on then, and the app's other waits see the client leave."""
+    ended = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 50_000_000, "more_body": True})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        ended.set()
+
+    monkeypatch.setattr(sys.modules[__name__], "echo", app)
+    async with server(ServerSettings(write_seconds=0.2)) as port, asyncio.timeout(20):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(WHOLE)
+            await ended.wait()
+            num_bytes = 0
+            with contextlib.suppress(ConnectionResetError):
+                while chunk := await asyncio.to_thread(client.recv, 65536):
+                    num_bytes += len(chunk)
+            assert num_bytes < 50_000_000
+
+
+async def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole takes longer than `write_seconds`, each step does not."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 12_000_000})
+
+    monkeypatch.setattr(sys.modules[__name__], "echo", app)
+    async with server(ServerSettings(write_seconds=0.3)) as port, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        started_at = time.monotonic()
+        writer.write(WHOLE)
+        num_bytes = 0
+        while num_bytes < 12_000_000:
+            num_bytes += len(await reader.read(1_000_000))
+            if time.monotonic() - started_at < 0.6:
+                await asyncio.sleep(0.02)
+        writer.close()
+
+
 async def test_connections_are_bounded() -> None:
     async with server(ServerSettings(max_connections=1)) as port:
         assert (await say(port, WHOLE, hold=False)).startswith(b"HTTP/1.1 503 ")
@@ -250,6 +298,15 @@ def test_bad_json_is_refused(body: bytes, message: str) -> None:
     with pytest.raises(InputError) as caught:
         decode_json(body, SETTINGS)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", [b'"' + b'\\"' * 500_000, b'"' + b"\\" * 1_000_001, b'"x' * 500_000])
+def test_texts_without_an_end_take_no_longer_than_others(rest: bytes) -> None:
+    """The event loop waits: what took the square of the length took hours."""
+    started_at = time.monotonic()
+    with pytest.raises(InputError, match="is not JSON"):
+        decode_json(b"[]" * 6 + rest, SETTINGS)
+    assert time.monotonic() - started_at < 5
 
 
 def test_brackets_in_texts_are_no_depth() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,7 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 async def read(value: Any, media_type: MediaType = "image", **options: Any) -> Any:
-    return await MediaReader(SMALL).resolve(value, media_type, "photo", **options)
+    return await (reader := MediaReader(SMALL)).resolve(value, media_type, "photo", reader.open(), **options)
 
 
 async def refusal(value: Any, media_type: MediaType = "image") -> str:
@@ -144,8 +146,32 @@ async def test_an_allowed_url_is_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(media_inputs, "fetch", fetch)
     reader = MediaReader(ServerSettings(allowed_hosts=("media.test",), max_media_bytes=1000, fetch_seconds=3.0))
-    assert (await reader.resolve("https://media.test/a", "image", "photo")).size == (6, 4)
+    assert (await reader.resolve("https://media.test/a", "image", "photo", reader.open())).size == (6, 4)
     assert fetched == [("https://media.test/a", ("media.test",), 1000, 3.0)]
+
+
+async def test_a_thread_keeps_its_slot_when_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    going, may_end = threading.Event(), threading.Event()
+
+    def decode(data: bytes, *_: object) -> Image.Image:
+        going.set()
+        if data == b"slow":
+            assert may_end.wait(20)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(media_inputs, "decode_here", decode)
+    reader = MediaReader(ServerSettings(max_decoders=1))
+    first = asyncio.ensure_future(reader.resolve(b"slow", "image", "photo", reader.open()))
+    assert await asyncio.to_thread(going.wait, 20)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await reader.resolve(b"quick", "image", "photo", reader.open())
+    may_end.set()
+    async with asyncio.timeout(20):
+        assert (await reader.resolve(b"quick", "image", "photo", reader.open())).size == (1, 1)
 
 
 # Pictures ----------------------------------------------------------------------------------------------------------
@@ -196,7 +222,7 @@ async def test_a_picture_of_many_parts_is_refused_before_it_is_opened(monkeypatc
     monkeypatch.setattr(Image, "open", None)
     reader = MediaReader(ServerSettings())
     with pytest.raises(InputError, match="input 'photo' is made of more parts than any honest picture; write it anew"):
-        await reader.resolve(bombs.many_chunks(30_000), "image", "photo")
+        await reader.resolve(bombs.many_chunks(30_000), "image", "photo", reader.open())
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL warns of broken metadata

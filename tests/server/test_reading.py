@@ -10,6 +10,7 @@ import pytest
 from fastapi import Request
 
 from omni.server.errors import ApiError
+from omni.server.limits import JsonTexts
 from omni.server.reading import Body, convert, read_body, split_fields
 from omni.server.settings import ServerSettings
 
@@ -80,7 +81,7 @@ async def test_form_fields_have_one_shape() -> None:
 
 
 def test_known_fields_are_split_from_others() -> None:
-    asked, rest = split_fields(Body({"count": "3", "flag": "true", "steps": "4"}, True), Asked)
+    asked, rest = split_fields(Body({"count": "3", "flag": "true", "steps": "4"}, JsonTexts(ServerSettings())), Asked)
     assert (asked, rest) == (Asked(3, True), {"steps": "4"})
 
 
@@ -94,7 +95,7 @@ def test_known_fields_are_split_from_others() -> None:
 )
 def test_faults_name_their_field(fields: dict[str, Any], is_form: bool, param: str, message: str) -> None:
     with pytest.raises(ApiError) as caught:
-        split_fields(Body(json.loads(json.dumps(fields)), is_form), Asked)
+        split_fields(Body(json.loads(json.dumps(fields)), JsonTexts(ServerSettings()) if is_form else None), Asked)
     assert (caught.value.param, str(caught.value)) == (param, message)
 
 

@@ -156,6 +156,7 @@ export async function* jobEvents(id, signal, onConnection) {
       const path = `v1/jobs/${encodeURIComponent(id)}/events`;
       const response = await call(path, { headers, signal: connection.signal, cache: "no-store" });
       onConnection(true);
+      if (response.status === 204) return;
       for await (const event of readEvents(response.body, connection)) {
         if (event.id <= last) continue;
         last = event.id;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -34,17 +35,12 @@ class Sounds:
     async def speak(self, request: Request) -> Response:
         """Speak a text."""
         body, rest = split_fields(await read_body(request, self.context.settings), SpeechRequest)
-        order = await self._order(request, body, rest)
-        seconds = self.context.settings.request_seconds
-        if body.stream_format == "sse":
-            stream = EventStream.open(self._stream(order, body.response_format), seconds)
-            return await until_left(request, stream, seconds)
-        return await self._answer(request, order, body.response_format)
+        return await self._answer(request, body, rest, body.stream_format == "sse")
 
     async def generate(self, request: Request) -> Response:
         """Make a sound from a prompt."""
         body, rest = split_fields(await read_body(request, self.context.settings), SoundRequest)
-        return await self._answer(request, await self._order(request, body, rest), body.response_format)
+        return await self._answer(request, body, rest)
 
     async def _order(self, request: Request, body: SpeechRequest | SoundRequest, rest: dict[str, Any]) -> JobOrder:
         name = self.context.choose(body.model, "audio")
@@ -54,7 +50,7 @@ class Sounds:
         (order,) = orders_for(
             JobOrder(
                 graph=name,
-                inputs=await self.context.read_inputs(graph, raw),
+                inputs=await self.context.read_inputs(graph, raw, self.context.open_media(request, name)),
                 seed=body.seed,
                 kind="audio",
                 key=key_of(request),
@@ -64,10 +60,19 @@ class Sounds:
         )
         return order
 
-    async def _answer(self, request: Request, order: JobOrder, audio_format: AudioFormat) -> Response:
-        seconds = self.context.settings.request_seconds
-        data = await until_left(request, self._sound(order, audio_format), seconds)
-        return Response(data, media_type=AUDIO_ENCODERS[audio_format].media_type)
+    async def _answer(
+        self, request: Request, body: SpeechRequest | SoundRequest, rest: dict[str, Any], streamed: bool = False
+    ) -> Response:
+        audio_format, ends_at = body.response_format, self.context.ends_at()
+
+        async def work() -> Response:
+            order = await self._order(request, body, rest)
+            if streamed:
+                return await EventStream.open(self._stream(order, audio_format), ends_at - time.monotonic())
+            sound = await self._sound(order, audio_format)
+            return Response(sound, media_type=AUDIO_ENCODERS[audio_format].media_type)
+
+        return await until_left(request, work(), ends_at - time.monotonic())
 
     async def _sound(self, order: JobOrder, audio_format: AudioFormat) -> bytes:
         outcome = await run_one(self.context, order)

@@ -31,6 +31,7 @@ from omni.server.calls import (
     Outcome,
     count_token,
     events_of,
+    is_cut,
     orders_for,
     raise_if_over,
     run_all,
@@ -80,11 +81,15 @@ class Chat:
     async def complete(self, request: Request) -> Response:
         """Answer a conversation."""
         body, rest = split_fields(await read_body(request, self.context.settings), ChatRequest)
-        talk = await self._prepare(request, body, rest)
-        seconds = self.context.settings.request_seconds
-        if body.stream:
-            return await until_left(request, EventStream.open(self._stream(talk), seconds, END), seconds)
-        return json_answer(await until_left(request, self._complete(talk), seconds))
+        ends_at = self.context.ends_at()
+
+        async def work() -> Response:
+            talk = await self._prepare(request, body, rest)
+            if body.stream:
+                return await EventStream.open(self._stream(talk), ends_at - time.monotonic(), END)
+            return json_answer(await self._complete(talk))
+
+        return await until_left(request, work(), ends_at - time.monotonic())
 
     async def _prepare(self, request: Request, body: ChatRequest, rest: dict[str, Any]) -> Talk:
         settings = self.context.settings
@@ -103,9 +108,10 @@ class Chat:
             raise bad_request(f"'{both[0]}' comes from 'messages' here", both[0])
         allow_unknown = settings.allow_unknown_fields
         raw = translate(graph, {**said, **rest}, "chat", extra=body.extra_body, allow_unknown=allow_unknown)
-        inputs = await self.context.read_inputs(graph, raw)
+        counted = self.context.open_media(request, name)
+        inputs = await self.context.read_inputs(graph, raw, counted, body.n)
         if pictures:
-            found = await self.context.read_medium(pictures, "image", MESSAGES)
+            found = await self.context.read_medium(pictures, "image", MESSAGES, counted)
             is_one = len(found) == 1 and not graph.inputs[IMAGE].type.startswith("list[")
             inputs[IMAGE] = found[0] if is_one else found
         order = JobOrder(
@@ -123,7 +129,11 @@ class Chat:
         orders = orders_for(talk.order, talk.body.n)
         outcomes = await run_all([run_one(self.context, order) for order in orders])
         choices = [
-            Choice(index=index, message=AnswerMessage(content=await content_of(talk, outcome)))
+            Choice(
+                index=index,
+                message=AnswerMessage(content=await content_of(talk, outcome)),
+                finish_reason="length" if talk.text_stage in outcome.cut else "stop",
+            )
             for index, outcome in enumerate(outcomes)
         ]
         usage = usage_of(sum(outcome.num_tokens for outcome in outcomes))
@@ -140,7 +150,7 @@ class Chat:
                 count_token(event, tokens)
                 raise_if_over(event)
                 if isinstance(event, StageProgress) and event.stage == talk.text_stage and event.unit == TOKEN:
-                    finish = "length" if event.step >= event.num_steps else "stop"
+                    finish = "length" if is_cut(event) else "stop"
                 elif isinstance(event, StageText) and event.stage == talk.text_stage:
                     sent += event.text
                     yield chunk(talk, Delta(content=event.text))

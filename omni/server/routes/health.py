@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from omni.server.answers import Answer, json_answer
 from omni.server.context import Context
-from omni.server.errors import DRAIN_RETRY_SECONDS, ErrorAnswer, ErrorDetail
+from omni.server.errors import RETRY_SECONDS, ErrorAnswer, ErrorDetail
 from omni.server.openapi import operation
 
 CHECK_SECONDS = 5.0
@@ -62,7 +62,7 @@ class Checks:
 
 def _not_ready(message: str, code: str, stage: str | None, faults: dict[str, str]) -> Response:
     detail = ErrorDetail(message=message, type="server_error", code=code, stage=stage)
-    headers = {"Retry-After": str(DRAIN_RETRY_SECONDS)}
+    headers = {"Retry-After": str(RETRY_SECONDS)}
     return json_answer(NotReady(error=detail, stages=faults), 503, headers)
 
 

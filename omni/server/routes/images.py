@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Literal
 
 import msgspec
@@ -33,6 +33,8 @@ from omni.server.fields import translate
 from omni.server.graph_facts import output_types, steps_of
 from omni.server.job_object import output_url
 from omni.server.jobs import Job, JobOrder
+from omni.server.limits import JsonTexts
+from omni.server.media_room import RequestMedia
 from omni.server.openapi import EVENTS, operation
 from omni.server.reading import read_body, split_fields
 from omni.server.stored import finish_job
@@ -68,8 +70,7 @@ class Images:
         """Draw pictures from a prompt."""
         form = await read_body(request, self.context.settings)
         body, rest = split_fields(form, ImageRequest)
-        drawing = await self._prepare(request, body, rest, form.is_form, {})
-        return await self._answer(request, drawing, "image_generation")
+        return await self._answer(request, self._prepare(request, body, rest, form.texts, {}), "image_generation")
 
     async def edit(self, request: Request) -> Response:
         """Change pictures by a prompt."""
@@ -81,11 +82,10 @@ class Images:
         if pictures is None:
             raise bad_request("'image' is missing", "image", "missing_required_parameter")
         media = {"image": pictures, "mask_image": body.mask}
-        drawing = await self._prepare(request, body, rest, form.is_form, media)
-        return await self._answer(request, drawing, "image_edit")
+        return await self._answer(request, self._prepare(request, body, rest, form.texts, media), "image_edit")
 
     async def _prepare(
-        self, request: Request, body: ImageRequest, rest: dict[str, Any], is_form: bool, media: dict[str, Any]
+        self, request: Request, body: ImageRequest, rest: dict[str, Any], texts: JsonTexts | None, media: dict[str, Any]
     ) -> Drawing:
         settings = self.context.settings
         if body.n > settings.max_n:
@@ -103,17 +103,18 @@ class Images:
             rest,
             "image",
             extra=body.extra_body,
-            is_form=is_form,
+            texts=texts,
             allow_unknown=settings.allow_unknown_fields,
         )
         if "background" in omni.graph.inputs:
             raw["background"] = body.background
         elif body.background == "transparent":
             raise bad_request("this graph draws opaque pictures", "background", "unsupported_parameter")
-        inputs = await self.context.read_inputs(omni.graph, raw)
+        counted = self.context.open_media(request, name)
+        inputs = await self.context.read_inputs(omni.graph, raw, counted, body.n)
         for field, value in media.items():
             if value is not None:
-                inputs[field] = await self._read_picture(omni, field, value)
+                inputs[field] = await self._read_picture(omni, field, value, counted)
         if body.n > 1 and BATCH_INPUT in omni.graph.inputs:
             inputs[BATCH_INPUT] = body.n
         every = max(1, steps_of(omni.graph, inputs) // (body.partial_images + 1)) if body.partial_images else 0
@@ -128,11 +129,11 @@ class Images:
         )
         return Drawing(body, omni, order)
 
-    async def _read_picture(self, omni: AsyncOmni, name: str, value: Any) -> Any:
+    async def _read_picture(self, omni: AsyncOmni, name: str, value: Any, counted: RequestMedia) -> Any:
         param = "mask" if name == "mask_image" else name
         if name not in omni.graph.inputs:
             raise bad_request(f"this graph takes no '{name}'", param, "unsupported_parameter")
-        picture = await self.context.read_medium(value, "image", param, alpha=name == "mask_image")
+        picture = await self.context.read_medium(value, "image", param, counted, alpha=name == "mask_image")
         if name == "mask_image":
             picture = await asyncio.to_thread(as_mask, picture)
         if isinstance(picture, list) and len(picture) == 1:
@@ -140,12 +141,16 @@ class Images:
         is_list = omni.graph.inputs[name].type.startswith("list[")
         return [picture] if is_list and not isinstance(picture, list) else picture
 
-    async def _answer(self, request: Request, drawing: Drawing, verb: Verb) -> Response:
-        seconds = self.context.settings.request_seconds
-        if drawing.body.stream:
-            stream = EventStream.open(self._stream(drawing, verb), seconds)
-            return await until_left(request, stream, seconds)
-        return json_answer(await until_left(request, self._draw(request, drawing), seconds))
+    async def _answer(self, request: Request, preparing: Coroutine[Any, Any, Drawing], verb: Verb) -> Response:
+        ends_at = self.context.ends_at()
+
+        async def work() -> Response:
+            drawing = await preparing
+            if drawing.body.stream:
+                return await EventStream.open(self._stream(drawing, verb), ends_at - time.monotonic())
+            return json_answer(await self._draw(request, drawing))
+
+        return await until_left(request, work(), ends_at - time.monotonic())
 
     async def _draw(self, request: Request, drawing: Drawing) -> ImagesAnswer:
         """All pictures of an answer, drawn at the same time."""

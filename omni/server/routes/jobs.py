@@ -14,6 +14,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import FileResponse
 from msgspec import Meta
 
+from omni.errors import InputError
 from omni.server.answers import json_answer
 from omni.server.calls import until_left
 from omni.server.context import Context, idempotency_key, key_of
@@ -62,10 +63,11 @@ class Jobs:
         omni = self.context.find(name)
         body = await read_body(request, self.context.settings)
         asked, given = split_job(body)
-        raw = own_inputs(omni.graph, given, is_form=body.is_form)
+        raw = own_inputs(omni.graph, given, texts=body.texts)
+        reading = self.context.read_inputs(omni.graph, raw, self.context.open_media(request, name))
         order = JobOrder(
             graph=name,
-            inputs=await self.context.read_inputs(omni.graph, raw),
+            inputs=await until_left(request, reading, self.context.settings.request_seconds),
             seed=asked.seed,
             priority=asked.priority,
             key=key_of(request),
@@ -115,13 +117,22 @@ class Jobs:
         after: Annotated[int, Query(ge=0, le=MAX_SEQUENCE)] = 0,
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> Response:
-        """What happens to a job, as server-sent events: from the first, or from the one after a number."""
+        """What happens to a job, as server-sent events: from the first, or from the one after a number.
+
+        204 when the job is over and nothing is left to tell: a browser that asks again after the end stops then.
+        """
         job = await find_job(self.context, request, job_id)
         if last_event_id is not None:
             if not re.fullmatch(r"[0-9]{1,18}", last_event_id, re.ASCII):
                 raise bad_request("Last-Event-ID must be the number of an event", "Last-Event-ID")
             after = int(last_event_id)
+        if job.is_final and not await self._has_events(job, after):
+            return Response(status_code=204)
         return EventStream(self._events(job, after), self.context.settings.request_seconds)
+
+    async def _has_events(self, job: Job, after: int) -> bool:
+        async with contextlib.aclosing(self._events(job, after)) as events:
+            return await anext(events, None) is not None
 
     async def _events(self, job: Job, after: int) -> AsyncGenerator[ServerEvent, None]:
         async with contextlib.aclosing(self.context.service.events(job.id, after)) as events:  # type: ignore[type-var]
@@ -174,17 +185,16 @@ async def output_answer(file: OutputFile, place: Path | bytes, image_format: Ima
 
 def split_job(body: Body) -> tuple[JobRequest, dict[str, Any]]:
     """What is asked for and the inputs, from JSON or from a form. Raises ApiError."""
-    if not body.is_form:
+    if body.texts is None:
         asked: JobRequest = convert(body.fields, JobRequest)
         return asked, asked.inputs
     fields = dict(body.fields)
     text = fields.pop("request", "{}")
     try:
-        asked = msgspec.json.decode(text if isinstance(text, str) else "", type=JobRequest)
-    except msgspec.MsgspecError as error:
-        raise bad_request(f"the form's field 'request' must hold JSON: {error}", "request") from None
-    except RecursionError:
-        raise bad_request("the form's field 'request' has brackets inside brackets, far too deep", "request") from None
+        value = body.texts.decode(text if isinstance(text, str) else "", "the form's field 'request'")
+    except InputError as error:
+        raise bad_request(str(error), "request") from None
+    asked = convert(value, JobRequest, name="request")
     if both := sorted(asked.inputs.keys() & fields.keys()):
         raise bad_request(f"'{both[0]}' is in 'request' and beside it", both[0])
     return asked, {**asked.inputs, **fields}
@@ -221,7 +231,7 @@ def build_router(context: Context) -> APIRouter:
             "GET",
             "/v1/jobs/{job_id}/events",
             jobs.events,
-            {"summary": "What happens to a job", "content": EVENTS},
+            {"summary": "What happens to a job", "content": EVENTS, "also": (204,)},
         ),
         (
             "GET",

@@ -12,13 +12,14 @@ from fastapi import APIRouter, Query, Request, Response
 from omni.graph import Graph
 from omni.server.answers import Video, VideoDeleted, VideoError, VideoList, json_answer
 from omni.server.bodies import VideoRequest
-from omni.server.calls import orders_for
+from omni.server.calls import orders_for, until_left
 from omni.server.context import Context, idempotency_key, key_of
 from omni.server.encoding import encode_image
 from omni.server.errors import ApiError, bad_request, not_found
 from omni.server.fields import translate
 from omni.server.graph_facts import FRAMES_INPUTS, default_of, frames_per_second
 from omni.server.jobs import Job, JobOrder
+from omni.server.media_room import RequestMedia
 from omni.server.openapi import FILE, operation
 from omni.server.reading import Body, read_body, split_fields
 from omni.server.routes.jobs import MAX_LIST, find_job, output_answer
@@ -48,7 +49,8 @@ class Videos:
         body, rest = split_fields(form, VideoRequest)
         name = self.context.choose(body.model, "video")
         graph = self.context.graphs[name].graph
-        inputs = await self._inputs(graph, body, rest, form)
+        reading = self._inputs(graph, body, rest, form, self.context.open_media(request, name))
+        inputs = await until_left(request, reading, self.context.settings.request_seconds)
         order = JobOrder(
             graph=name,
             inputs=inputs,
@@ -62,13 +64,15 @@ class Videos:
         (order,) = orders_for(order, 1)
         return json_answer(video_of(await self.context.service.submit(order), self.context))
 
-    async def _inputs(self, graph: Graph, body: VideoRequest, rest: dict[str, Any], form: Body) -> dict[str, Any]:
+    async def _inputs(
+        self, graph: Graph, body: VideoRequest, rest: dict[str, Any], form: Body, counted: RequestMedia
+    ) -> dict[str, Any]:
         raw = translate(
             graph,
             rest,
             KIND,
             extra=body.extra_body,
-            is_form=form.is_form,
+            texts=form.texts,
             allow_unknown=self.context.settings.allow_unknown_fields,
         )
         if body.input_reference is not None:
@@ -77,9 +81,9 @@ class Videos:
                 raise bad_request(
                     "this graph takes no picture to start from", "input_reference", "unsupported_parameter"
                 )
-            medium = await self.context.read_medium(body.input_reference, target, "input_reference")
-            return {**await self.context.read_inputs(graph, raw), target: medium}
-        return await self.context.read_inputs(graph, raw)
+            medium = await self.context.read_medium(body.input_reference, target, "input_reference", counted)
+            return {**await self.context.read_inputs(graph, raw, counted), target: medium}
+        return await self.context.read_inputs(graph, raw, counted)
 
     async def list_all(
         self,
