@@ -18,9 +18,10 @@ from typing import IO, Any
 from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from omni.server.changes import Fence, end_aborted, poison, requeue
 from omni.server.jobs import JobEvent
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import Fence, JobStore, poison, requeue
+from omni.server.store import JobStore
 from omni.server.tables import JOBS, SERVERS
 
 try:
@@ -116,7 +117,7 @@ class Lease:
 
     def _put_back(self, connection: Connection, fence: Fence, deaths: int, reason: str) -> list[JobEvent] | None:
         if deaths + 1 >= self._settings.max_deaths:
-            return poison(connection, fence, deaths + 1)
+            return end_aborted(connection, fence) or poison(connection, fence, deaths + 1)
         return requeue(connection, fence, reason, deaths=1)
 
     def _is_unlocked(self, server: str) -> bool:

@@ -7,9 +7,10 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from omni.server.changes import Draft, Fence
 from omni.server.hub import Hub
 from omni.server.jobs import StoreError
-from omni.server.store import Draft, Fence, JobStore
+from omni.server.store import JobStore
 
 DROPPED_WHEN_MANY = ("text", "preview", "progress")
 MERGED = ("text", "progress")

@@ -8,8 +8,8 @@ from typing import Any
 
 from omni.errors import StageDiedError, StageError, StageSetupError, StageTimeoutError
 from omni.messages import Event, HopFinished, StageFinished, StagePreview, StageProgress, StageStarted, StageText
+from omni.server.changes import Draft
 from omni.server.jobs import JobError, OutputFile
-from omni.server.store import Draft
 
 PREVIEW_PIXELS = 256
 """Longer side of a preview, in pixels."""

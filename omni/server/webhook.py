@@ -22,9 +22,10 @@ import msgspec
 from sqlalchemy import Connection, select, update
 
 from omni.errors import InputError, UsageError
+from omni.server.changes import to_json
 from omni.server.jobs import Job
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import JobStore, to_json
+from omni.server.store import JobStore
 from omni.server.tables import JOBS
 
 CheckAddress = Callable[[str], Awaitable[str]]

@@ -106,9 +106,10 @@ class Worker:
         """Abort a job that waits or runs, here or elsewhere."""
         store = self._context.store
         run = self._runs.get(job_id)
-        if run is not None and run.is_ours:  # no need to ask the store
-            run.end("abort", reason)
-            return True
+        if run is not None and run.is_ours:
+            run.end("abort", reason)  # at once; the store keeps the wish for when this server dies before it is done
+            if await store.ask_abort(job_id, reason) or run.is_ours:
+                return True
         events = await store.abort_queued(job_id, reason)
         if events is not None:
             if self._dispatcher.queue.is_waiting(job_id):
@@ -117,7 +118,11 @@ class Worker:
             return True
         if run is not None:  # its claim is under way, here or elsewhere
             run.end("abort", reason)
-        return await store.ask_abort(job_id, reason)
+        if await store.ask_abort(job_id, reason):
+            return True
+        events = await store.abort_queued(job_id, reason)  # it went back into the queue meanwhile
+        self._context.hub.publish(events)
+        return events is not None
 
     def _take_up(self, waiting: Waiting) -> None:
         if self._dispatcher.draining or waiting.id in self._dispatcher.queue:

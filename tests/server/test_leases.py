@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import delete, insert, select, update
 
+from omni.server.changes import Fence
 from omni.server.jobs import Job, JobOrder, new_job_id
 from omni.server.leases import Lease
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import Fence, JobStore
+from omni.server.store import JobStore
 from omni.server.tables import JOBS, SERVERS
 from tests.server.conftest import WAIT_SECONDS, MakeService
 
@@ -80,6 +81,29 @@ async def test_the_last_death_is_the_jobs_end(store: JobStore) -> None:
     assert job.error is not None
     assert (job.state, job.error.code) == ("failed", "poisoned")
     await one.end()
+
+
+async def test_an_abort_outlives_the_server(store: JobStore) -> None:
+    """Who aborted was told so: the job ends, and neither runs again nor is poisoned."""
+    one, other = await new_lease(store), await new_lease(store)
+    fences = [await running(store, other.server_id) for _ in range(3)]
+    for fence in fences:
+        assert await store.ask_abort(fence.job_id, "enough")
+    at_last = update(JOBS).where(JOBS.c.id == fences[1].job_id).values(deaths=1)
+    await store.write(lambda connection: connection.execute(at_last))
+    events = await store.requeue(fences[2], "test")
+    assert events is not None
+    gone = delete(SERVERS).where(SERVERS.c.id == other.server_id)
+    await store.write(lambda connection: connection.execute(gone))
+    for found in (*await one.reap(), events):
+        assert [(event.type, event.data) for event in found] == [("aborted", {"reason": "enough"})]
+    for fence in fences:
+        job = await store.get(fence.job_id)
+        assert job is not None
+        assert (job.state, job.error) == ("aborted", None)
+        assert await store.claim(fence.job_id, one.server_id) is None
+    for lease in (one, other):
+        await lease.end()
 
 
 async def test_a_process_that_is_gone_is_known_at_once(tmp_path: Path) -> None:

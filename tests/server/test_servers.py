@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import select
 
 from omni.messages import Queued
 from omni.server.jobs import Draining, QueueFull
+from omni.server.tables import JOBS
 from omni.testing import doubles
 from tests.server import functions
 from tests.server.conftest import MakeService
@@ -152,3 +154,15 @@ async def test_a_changed_graph_fails_its_old_jobs(make_service: MakeService) -> 
     error = (await all_events(second, job))[-1].data["error"]
     assert error["code"] == "invalid_input"
     assert "unknown input 'prompt'" in error["cause"]
+
+
+async def test_an_abort_is_stored_before_it_is_acknowledged(make_service: MakeService) -> None:
+    """The server may die right after its answer."""
+    service = make_service({"g": "hold"})
+    await service.start()
+    job = await service.submit(order("hold"))
+    await reached(service, job, "stage_started")
+    assert await service.abort(job.id, "enough")
+    stored = select(JOBS.c.abort_reason).where(JOBS.c.id == job.id)
+    assert await service.store.read(lambda connection: connection.execute(stored).scalar()) == "enough"
+    assert (await all_events(service, job))[-1].data == {"reason": "enough"}

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, insert, text
 
+from omni.server.changes import Draft, Fence
 from omni.server.jobs import Job, JobError, JobEvent, OutputFile, StoreError, new_job_id
-from omni.server.store import Draft, Fence, JobStore
+from omni.server.store import JobStore
 from omni.server.tables import METADATA, SERVERS
 
 FILE = OutputFile(name="text", type="text", media_type="text/plain", blob="", bytes=3, text="abc")
