@@ -97,7 +97,7 @@ class Jobs:
         jobs = await self.context.service.list_jobs(
             graph=graph,
             state=state,
-            key=key_of(request) or None,
+            key=key_of(request),
             limit=limit + 1,
             after=None if after is None else (await find_job(self.context, request, after)).id,
             order=order,
