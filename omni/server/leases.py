@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, and_, delete, false, func, insert, literal, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from omni.server.changes import Fence, end_aborted, poison, requeue
@@ -45,6 +45,7 @@ class Lease:
         database = None if self._postgres else store.url.database
         self._locks = None if database is None or fcntl is None else Path(f"{database}.servers")
         self._lock: IO[bytes] | None = None
+        self._patient_until = 0.0
         self.server_id = ""
 
     async def begin(self) -> None:
@@ -68,7 +69,16 @@ class Lease:
         self._release_lock()
 
     async def reap(self) -> list[list[JobEvent]]:
-        """Put the jobs of dead servers back into the queue; returns the events, by job."""
+        """Put the jobs of dead servers back into the queue; returns the events, by job.
+
+        A server whose own heartbeats failed does not judge others by theirs: after the database was away, it says that
+        it lives, and gives them one lease to do the same.
+        """
+        writer = self._store.writer
+        if time.monotonic() - writer.alive_at > 2 * self._settings.heartbeat_seconds:
+            await self._store.write(self._beat)
+            writer.alive_at = time.monotonic()
+            self._patient_until = writer.alive_at + self._settings.lease_seconds
         servers, any_dead = await self._store.read(self._survey)
         killed = [server for server in servers if server != self.server_id and self._is_unlocked(server)]
         if not killed and not any_dead:
@@ -103,6 +113,8 @@ class Lease:
         return servers, late is not None or left is not None
 
     def _is_late(self) -> ColumnElement[bool]:
+        if time.monotonic() < self._patient_until:
+            return false()
         expired = SERVERS.c.heartbeat_at < self._now() - self._settings.lease_seconds
         return and_(expired, SERVERS.c.id != self.server_id)
 

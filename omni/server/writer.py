@@ -55,6 +55,8 @@ class Writer:
         self._beat: Work[None] | None = None
         self._heartbeat_seconds = 0.0
         self._beaten_at = 0.0
+        self.alive_at = 0.0
+        """When the last heartbeat was stored (`time.monotonic`)."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="omni-store", daemon=True)
         self._thread.start()
@@ -71,6 +73,7 @@ class Writer:
     def set_heartbeat(self, beat: Work[None] | None, seconds: float) -> None:
         """Begin with heartbeats, or end them."""
         self._heartbeat_seconds, self._beaten_at = seconds, time.monotonic()
+        self.alive_at = self._beaten_at
         self._beat = beat
         self._queue.put(_Write(lambda connection: None))  # the thread may wait without a deadline
 
@@ -128,6 +131,7 @@ class Writer:
                 write.error = error
                 return
             time.sleep(pause)
+            self._beat_if_due()  # first of all: others may have come back to the database, too, and look who lives
             pause = min(2 * pause, MAX_RETRY_SECONDS)
 
     def _transact(self, writes: list[_Write]) -> None:
@@ -150,6 +154,7 @@ class Writer:
         try:
             with self._engine.begin() as connection:
                 beat(connection)
+            self.alive_at = time.monotonic()
         except SQLAlchemyError as error:
             log.warning("heartbeat failed: %s", plain(error))
         self._beaten_at = time.monotonic()

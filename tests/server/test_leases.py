@@ -68,6 +68,23 @@ async def test_an_old_heartbeat_is_death(store: JobStore) -> None:
         await lease.end()
 
 
+async def test_who_was_silent_itself_buries_nobody(store: JobStore) -> None:
+    """After the database was away all heartbeats are old: the first to come back waits for the others."""
+    one, other = await new_lease(store), await new_lease(store)
+    await running(store, other.server_id)
+    past = update(SERVERS).values(heartbeat_at=SERVERS.c.heartbeat_at - 601)
+    await store.write(lambda connection: connection.execute(past))
+    store.writer.alive_at -= 601
+    assert await one.reap() == []
+    heartbeats = select(SERVERS.c.id).order_by(SERVERS.c.heartbeat_at.desc())
+    assert await store.read(lambda connection: connection.execute(heartbeats).scalars().first()) == one.server_id
+    assert await one.reap() == []
+    one._patient_until = 0.0  # a lease later
+    assert len(await one.reap()) == 1
+    for lease in (one, other):
+        await lease.end()
+
+
 async def test_the_last_death_is_the_jobs_end(store: JobStore) -> None:
     one = await new_lease(store)
     fence = await running(store, one.server_id)

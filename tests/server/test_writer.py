@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import OperationalError
 
 from omni.server.jobs import StoreError
 from omni.server.tables import connect
@@ -101,6 +102,20 @@ async def test_heartbeats_do_not_need_the_event_loop(database: Database) -> None
     assert beaten.wait(WAIT_SECONDS)  # the loop is blocked here
     database.writer.set_heartbeat(None, 0.0)
     assert await database.writer.write(answer) == 42
+
+
+async def test_heartbeats_go_on_while_a_write_is_tried_again(database: Database) -> None:
+    beaten = threading.Event()
+    database.writer.set_heartbeat(lambda connection: beaten.set(), 0.001)
+
+    def refuse(connection: Connection) -> None:
+        if not beaten.is_set():
+            raise OperationalError("", None, sqlite3.OperationalError("away"))
+
+    await database.writer.write(answer)
+    beaten.clear()
+    await asyncio.wait_for(database.writer.write(refuse), WAIT_SECONDS)
+    database.writer.set_heartbeat(None, 0.0)
 
 
 async def test_a_closed_writer_says_so(database: Database) -> None:
