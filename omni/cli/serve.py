@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from omni.server.settings import ServerSettings
 
 STATE_DIR = "omni-state"
-STOP_SECONDS = 15.0
-"""What a stop may take on top of --drain-seconds."""
+STOP_SECONDS = 40.0
+"""What a stop may take on top of --drain-seconds: more than its parts together, which have deadlines of their own."""
 NAME_CHARACTERS = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 

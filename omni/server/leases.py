@@ -89,13 +89,6 @@ class Lease:
                 (self._locks / server).unlink(missing_ok=True)
         return events
 
-    async def put_back(self, fence: Fence, reason: str) -> list[JobEvent] | None:
-        """Back into the queue with a job that this server could not bring to its end, as if a server had died."""
-        statement = select(JOBS.c.deaths).where(JOBS.c.id == fence.job_id)
-        return await self._store.write(
-            lambda connection: self._put_back(connection, fence, connection.execute(statement).scalar() or 0, reason)
-        )
-
     def _now(self) -> ColumnElement[Any]:
         """By the database's clock, where servers may be on several hosts."""
         return func.extract("epoch", func.clock_timestamp()) if self._postgres else literal(time.time())

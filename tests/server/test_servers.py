@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from omni.messages import Queued
+from omni.server import worker
 from omni.server.jobs import Draining, QueueFull
 from omni.server.tables import JOBS
 from omni.testing import doubles
@@ -92,6 +93,32 @@ async def test_a_stopped_server_finishes_what_it_can(make_service: MakeService) 
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     restarted = [event.data for event in events if event.type == "restarted"]
     assert restarted == [{"attempt": 2, "reason": "the server was stopped"}]
+
+
+async def test_a_stop_that_is_cut_short_counts_no_death(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run does not end in time: its job is back in the queue before anything waits for it."""
+    service = make_service({"g": "hold"})
+    await service.start()
+    job = await service.submit(order("hold"))
+    await reached(service, job, "stage_started")
+    monkeypatch.setattr("omni.server.worker.END_SECONDS", 0.01)
+    monkeypatch.setattr("omni.server.run.JobRun.end", lambda *_: None)
+    seen: list[str] = []
+    cancel = worker.cancel
+
+    async def watched(*tasks: asyncio.Task[None]) -> None:
+        seen.append(await state_of(service, job))
+        await cancel(*tasks)
+
+    monkeypatch.setattr("omni.server.worker.cancel", watched)
+    await service.stop(0)
+    assert seen == ["queued"]
+    again = make_service({"other": "hold"})
+    await again.start()
+    row = select(JOBS.c.state, JOBS.c.deaths, JOBS.c.attempt).where(JOBS.c.id == job.id)
+    assert tuple(await again.store.read(lambda connection: connection.execute(row).one())) == ("queued", 0, 2)
 
 
 async def test_a_new_server_answers_for_old_jobs(make_service: MakeService) -> None:
