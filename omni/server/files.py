@@ -19,7 +19,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from omni.server.jobs import StoreError
+from omni.server.jobs import Draining, StoreError
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -44,13 +44,17 @@ class FileStore:
         except (ImportError, OSError, ValueError) as error:
             raise StoreError(f"{url}: the file store cannot be opened: {error}") from error
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "omni-files")
+        self._closed = False
 
     def close(self) -> None:
         """End the threads, after what they do."""
+        self._closed = True
         self._workers.shutdown()
 
     async def call(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Do blocking work on files in a thread of the store."""
+        """Do blocking work on files in a thread of the store. Raises Draining after `close`."""
+        if self._closed:
+            raise Draining("the server has stopped; ask another, or again later")
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *arguments)
 
     # blocking, for `call` -----------------------------------------------------------------------------------------

@@ -81,8 +81,22 @@ class Service:
         await self._worker.start()
 
     async def stop(self, drain_seconds: float = 30.0) -> None:
-        """Take nothing new, let what runs go on for so long, put the rest back into the queue, and stop the graphs."""
-        await self._worker.stop(drain_seconds)
+        """Take nothing new, let what runs go on for so long, put the rest back into the queue, and stop the graphs.
+
+        It is `finish`, then `close`; between them a web server ends its connections.
+        """
+        await self.finish(drain_seconds)
+        await self.close()
+
+    async def finish(self, drain_seconds: float = 30.0) -> None:
+        """The first part of a stop: nothing runs any more and nobody listens, but jobs and files can be read."""
+        try:
+            await self._worker.stop(drain_seconds)
+        finally:
+            self._hub.close()
+
+    async def close(self) -> None:
+        """The last part of a stop: the graphs stop and the stores close. Who asks for a job then gets Draining."""
         await self._stop_graphs()
         await asyncio.to_thread(self.files.close)
         await asyncio.to_thread(self.store.close)

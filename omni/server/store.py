@@ -18,7 +18,7 @@ from sqlalchemy.engine import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from omni.server.changes import DICT, Draft, Fence, append, as_text, final_values, requeue, to_job, to_row
-from omni.server.jobs import Job, JobError, JobEvent, JobState, OutputFile, StoreError
+from omni.server.jobs import Draining, Job, JobError, JobEvent, JobState, OutputFile, StoreError
 from omni.server.tables import EVENTS, JOBS, SERVERS, connect, plain
 from omni.server.writer import Work, Writer
 
@@ -54,20 +54,24 @@ class JobStore:
         self.url = self.engine.url
         self.writer = Writer(self.engine, retry_seconds)
         self._readers = ThreadPoolExecutor(NUM_READERS, "omni-store-read")
+        self._closed = False
 
     def close(self) -> None:
         """Write what waits, and let the database go. Blocks."""
+        self._closed = True
         self.writer.close()
         self._readers.shutdown()
         self.engine.dispose()
         self._reading.dispose()
 
     async def write(self, work: Work[T]) -> T:
-        """Do `work` in a transaction; see Writer.write."""
+        """Do `work` in a transaction; see Writer.write. Raises StoreError, or Draining after `close`."""
+        self._check_open()
         return await self.writer.write(work)
 
     async def read(self, work: Work[T]) -> T:
-        """Do `work`, which only reads, outside of any transaction. Raises StoreError."""
+        """Do `work`, which only reads, outside of any transaction. Raises StoreError, or Draining after `close`."""
+        self._check_open()
 
         def call() -> T:
             with self._reading.connect() as connection:
@@ -77,6 +81,10 @@ class JobStore:
             return await asyncio.get_running_loop().run_in_executor(self._readers, call)
         except SQLAlchemyError as error:
             raise StoreError(f"the job store cannot be read: {plain(error)}") from error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Draining("the server has stopped; ask another, or again later")
 
     # for clients --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from omni.server.encoding import IMAGE_TYPES, ImageFormat, encode_image
 from omni.server.errors import bad_request, not_found
 from omni.server.fields import own_inputs
 from omni.server.job_object import JobDeleted, JobList, JobObject, job_object
-from omni.server.jobs import Job, JobOrder, JobState, OutputFile
+from omni.server.jobs import Draining, Job, JobOrder, JobState, OutputFile
 from omni.server.openapi import EVENTS, operation, reference
 from omni.server.reading import Body, convert, read_body
 from omni.server.stored import open_image, wait_for_end
@@ -77,7 +77,7 @@ class Jobs:
         seconds = wait_seconds(request)
         if seconds and not job.is_final:
             seconds = min(seconds, self.context.settings.request_seconds)
-            with contextlib.suppress(TimeoutError):  # not over yet: the client asks again
+            with contextlib.suppress(TimeoutError, Draining):  # not over yet: the client asks again
                 await until_left(request, wait_for_end(self.context.service, job), seconds)
             job = await self.context.service.get(job.id) or job
         return json_answer(job_object(job), 200 if job.is_final else 202, {"Location": f"/v1/jobs/{job.id}"})
