@@ -18,12 +18,13 @@ from sqlalchemy.engine import Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from omni.server.changes import DICT, Draft, Fence, append, as_text, final_values, requeue, to_job, to_row
-from omni.server.jobs import Draining, Job, JobError, JobEvent, JobState, OutputFile, StoreError
+from omni.server.jobs import Draining, Job, JobError, JobEvent, JobState, OutputFile, ServiceError, StoreError
 from omni.server.tables import EVENTS, JOBS, SERVERS, connect, plain
 from omni.server.writer import Work, Writer
 
 T = TypeVar("T")
 NUM_READERS = 4
+READ_SECONDS = 30.0
 QUEUE_LIMIT = 10_000
 """Waiting jobs that a server looks at."""
 
@@ -78,9 +79,24 @@ class JobStore:
                 return work(connection)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+            async with asyncio.timeout(READ_SECONDS):
+                return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+        except TimeoutError as error:
+            text = f"the job store has not answered for {READ_SECONDS:g} s; see that its database works"
+            raise StoreError(text) from error
         except SQLAlchemyError as error:
             raise StoreError(f"the job store cannot be read: {plain(error)}") from error
+
+    async def check(self, seconds: float) -> str:
+        """Why the store cannot be used, or an empty string."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.read(lambda connection: connection.execute(select(1)).scalar())
+        except TimeoutError:
+            return f"the database has not answered for {seconds:g} s"
+        except ServiceError as error:
+            return str(error)
+        return self.writer.fault
 
     def _check_open(self) -> None:
         if self._closed:

@@ -33,6 +33,16 @@ VERSION = 1
 """Of the tables; a database of another version is refused."""
 BUSY_MILLISECONDS = 30_000
 """How long SQLite waits for another process's transaction."""
+STATEMENT_MILLISECONDS = 20_000
+"""How long Postgres works on a statement, or waits for the next one inside a transaction."""
+POSTGRES_OPTIONS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+"""So that a connection whose other side is gone is noticed: seconds, but the last in milliseconds."""
 SETUP_LOCK = 0x6F6D6E69
 """Postgres's advisory lock for making the tables: two servers may start at once."""
 
@@ -155,8 +165,18 @@ def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
 
 
 def _postgres(url: str) -> tuple[Engine, Engine]:
-    options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
-    return create_engine(url, pool_size=1, **options), create_engine(url, isolation_level="AUTOCOMMIT", **options)
+    options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": POSTGRES_OPTIONS}
+    engines = create_engine(url, pool_size=1, **options), create_engine(url, isolation_level="AUTOCOMMIT", **options)
+    for engine in engines:
+        event.listen(engine, "connect", _prepare_postgres)
+    return engines
+
+
+def _prepare_postgres(connection: Any, record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET statement_timeout = {STATEMENT_MILLISECONDS}")
+        cursor.execute(f"SET idle_in_transaction_session_timeout = {STATEMENT_MILLISECONDS}")
+    connection.commit()
 
 
 def _make_tables(engine: Engine) -> None:

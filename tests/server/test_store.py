@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -220,3 +221,28 @@ def test_the_database_is_in_wal_mode_and_private(tmp_path: Path) -> None:
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 1  # NORMAL
     assert (tmp_path / "state").stat().st_mode & 0o077 == 0
     store.close()
+
+
+async def test_a_store_tells_whether_it_works(store: JobStore) -> None:
+    assert await store.check(30.0) == ""
+    store.writer.fault = "no thread"
+    assert await store.check(30.0) == "no thread"
+    assert await store.check(0.0) == "the database has not answered for 0 s"
+
+
+async def test_a_read_has_a_deadline(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.server.store.READ_SECONDS", 0.01)
+    go_on = threading.Event()
+    with pytest.raises(StoreError, match=r"the job store has not answered for 0\.01 s"):
+        await store.read(lambda connection: go_on.wait(60))
+    go_on.set()
+
+
+async def test_postgres_ends_what_takes_too_long(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.server.tables.STATEMENT_MILLISECONDS", 20)
+    store = JobStore(postgres)
+    with pytest.raises(StoreError, match="statement timeout"):
+        await store.read(lambda connection: connection.execute(text("SELECT pg_sleep(60)")))
+    store.close()
+    METADATA.drop_all(engine := create_engine(postgres))
+    engine.dispose()
