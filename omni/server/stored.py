@@ -27,7 +27,8 @@ MAX_PREVIEW_BYTES = 1024**2
 
 
 async def finish_job(service: Service, order: JobOrder) -> Job:
-    """Store an order, and wait until its job is over; a caller that is cancelled aborts the job.
+    """Store an order, and wait until its job is over; a caller that is cancelled aborts the job,
+    as `submit` does while the order is stored.
 
     With an idempotency key the job goes on without its caller: who sends the key again will find it.
     """
