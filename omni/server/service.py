@@ -72,6 +72,7 @@ class Service:
 
     async def start(self) -> None:
         """Start all graphs, then take up the jobs that wait. Raises StageSetupError, RunnerError or StoreError."""
+        await self.files.call(self.files.mark, self.store.store_id)
         try:
             async with asyncio.TaskGroup() as group:
                 for omni in self.graphs.values():

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from omni.server.changes import DICT, Draft, Fence, append, as_text, final_values, requeue, to_job, to_row
 from omni.server.jobs import Draining, Job, JobError, JobEvent, JobState, OutputFile, ServiceError, StoreError
-from omni.server.tables import EVENTS, JOBS, SERVERS, connect, plain
+from omni.server.tables import EVENTS, JOBS, SERVERS, STORES, connect, plain
 from omni.server.writer import Work, Writer
 
 T = TypeVar("T")
@@ -56,6 +56,9 @@ class JobStore:
         self.writer = Writer(self.engine, retry_seconds)
         self._readers = ThreadPoolExecutor(NUM_READERS, "omni-store-read")
         self._closed = False
+        with self._reading.connect() as connection:
+            self.store_id: str = connection.execute(select(STORES.c.id)).scalar_one()
+            """Names the database; the same for all servers that share it."""
 
     def close(self) -> None:
         """Write what waits, and let the database go. Blocks."""

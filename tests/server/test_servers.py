@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
 from omni.messages import Queued
 from omni.server import worker
-from omni.server.jobs import Draining, QueueFull
+from omni.server.jobs import Draining, QueueFull, StoreError
 from omni.server.tables import JOBS
 from omni.testing import doubles
 from tests.server import functions
@@ -193,3 +194,14 @@ async def test_an_abort_is_stored_before_it_is_acknowledged(make_service: MakeSe
     stored = select(JOBS.c.abort_reason).where(JOBS.c.id == job.id)
     assert await service.store.read(lambda connection: connection.execute(stored).scalar()) == "enough"
     assert (await all_events(service, job))[-1].data == {"reason": "enough"}
+
+
+@pytest.mark.parametrize("files", ["folder", "memory"])
+async def test_two_stores_do_not_share_files(make_service: MakeService, tmp_path: Path, files: str) -> None:
+    """Each would remove the other's as files without a job."""
+    place = tmp_path / "files" if files == "folder" else f"memory://{tmp_path.name}"
+    for _ in range(2):  # servers of one store do
+        await make_service({"g": "echo"}, files=place).start()
+    other = make_service({"g": "echo"}, url=f"sqlite:///{tmp_path}/other.db", files=place)
+    with pytest.raises(StoreError, match=r"belong to another job store .*; give each store a folder of its own"):
+        await other.start()

@@ -177,7 +177,7 @@ async def test_two_processes_may_make_the_tables_at_once(store_url: str) -> None
 async def test_tables_of_another_version_are_refused(store: JobStore) -> None:
     await store.write(lambda connection: connection.execute(text("UPDATE omni_schema SET version = 99")))
     url = store.url.render_as_string(hide_password=False)
-    with pytest.raises(StoreError, match="tables of version 99, this Omni needs 1; use a new database"):
+    with pytest.raises(StoreError, match="tables of version 99, this Omni needs 2; use a new database"):
         JobStore(url)
 
 
