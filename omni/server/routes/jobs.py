@@ -21,7 +21,7 @@ from omni.server.encoding import IMAGE_TYPES, ImageFormat, encode_image
 from omni.server.errors import bad_request, not_found
 from omni.server.fields import own_inputs
 from omni.server.job_object import JobDeleted, JobList, JobObject, job_object
-from omni.server.jobs import Draining, Job, JobOrder, JobState, OutputFile
+from omni.server.jobs import JOB_ID, Draining, Job, JobOrder, JobState, OutputFile
 from omni.server.openapi import EVENTS, operation, reference
 from omni.server.reading import Body, convert, read_body
 from omni.server.stored import open_image, wait_for_end
@@ -30,7 +30,6 @@ from omni.server.streaming import EventStream, ServerEvent
 WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,6})(?:$|[,;\s])")
 MAX_LIST = 100
 MAX_SEQUENCE = 10**18
-JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 WRITE_ERRORS = (400, 401, 404, 409, 413, 415, 429, 500, 503)
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 """What a graph made is data: a browser that opens it runs nothing in it."""
