@@ -127,14 +127,17 @@ class JobStore:
         statement = select(*_JOB_COLUMNS, JOBS.c.digest).where(
             JOBS.c.key == key, JOBS.c.idempotency_key == idempotency_key
         )
-        row = await self.read(lambda connection: connection.execute(statement).first())
-        return None if row is None else (to_job(row), row.digest)
+
+        def work(connection: Connection) -> tuple[Job, str] | None:
+            row = connection.execute(statement).first()
+            return None if row is None else (to_job(row), row.digest)
+
+        return await self.read(work)
 
     async def get(self, job_id: str) -> Job | None:
         """A job, or None."""
         statement = select(*_JOB_COLUMNS).where(JOBS.c.id == job_id)
-        row = await self.read(lambda connection: connection.execute(statement).first())
-        return None if row is None else to_job(row)
+        return await self.read(lambda connection: _job_or_none(connection.execute(statement).first()))
 
     async def list_jobs(
         self,
@@ -149,7 +152,7 @@ class JobStore:
         statement = select(*_JOB_COLUMNS).where(*(JOBS.c[name] == value for name, value in filters.items()))
         statement = statement.order_by(*(column.desc() if descending else column for column in place)).limit(limit)
 
-        def work(connection: Connection) -> Sequence[Row[Any]]:
+        def work(connection: Connection) -> list[Job]:
             final = statement
             if after is not None:
                 last = connection.execute(select(*place).where(JOBS.c.id == after)).first()
@@ -159,9 +162,9 @@ class JobStore:
                 beyond = JOBS.c.created_at < at if descending else JOBS.c.created_at > at
                 tied = JOBS.c.id < job_id if descending else JOBS.c.id > job_id
                 final = statement.where(or_(beyond, and_(JOBS.c.created_at == at, tied)))
-            return connection.execute(final).all()
+            return [to_job(row) for row in connection.execute(final)]
 
-        return [to_job(row) for row in await self.read(work)]
+        return await self.read(work)
 
     async def events_after(self, job_id: str, sequence: int, limit: int = 500) -> list[JobEvent]:
         """The next stored events of a job, in order."""
@@ -171,11 +174,14 @@ class JobStore:
             .order_by(EVENTS.c.sequence)
             .limit(limit)
         )
-        rows = await self.read(lambda connection: connection.execute(statement).all())
-        return [
-            JobEvent(job_id=row.job_id, sequence=row.sequence, type=row.type, data=DICT.decode(row.data), at=row.at)
-            for row in rows
-        ]
+
+        def work(connection: Connection) -> list[JobEvent]:
+            return [
+                JobEvent(job_id=row.job_id, sequence=row.sequence, type=row.type, data=DICT.decode(row.data), at=row.at)
+                for row in connection.execute(statement)
+            ]
+
+        return await self.read(work)
 
     async def positions(self, job_ids: Iterable[str]) -> dict[str, int]:
         """Job -> number of its last event; without jobs that are gone."""
@@ -230,8 +236,7 @@ class JobStore:
             .values(state="running", owner=owner, started_at=time.time(), progress=0.0)
             .returning(*_JOB_COLUMNS)
         )
-        row = await self.write(lambda connection: connection.execute(statement).first())
-        return None if row is None else to_job(row)
+        return await self.write(lambda connection: _job_or_none(connection.execute(statement).first()))
 
     async def append(self, fence: Fence, drafts: Sequence[Draft], progress: float) -> list[JobEvent] | None:
         """Add events to a running job."""
@@ -284,3 +289,7 @@ class JobStore:
         statement = select(JOBS.c.graph, JOBS.c.state, func.count()).group_by(JOBS.c.graph, JOBS.c.state)
         rows = await self.read(lambda connection: connection.execute(statement).all())
         return {(row[0], row[1]): row[2] for row in rows}
+
+
+def _job_or_none(row: Row[Any] | None) -> Job | None:
+    return None if row is None else to_job(row)
