@@ -31,6 +31,7 @@ BROAD_EXCEPTS = {
     "omni/server/run.py:_run_claimed": "a stored job's edge: whatever goes wrong, the job gets its end",
     "omni/server/worker.py:_repeat": "the edge of upkeep: the fault is logged, and the next round comes",
     "omni/server/writer.py:_commit": "a fault in a group of writes: each is tried again by itself",
+    "omni/server/writer.py:_beat_if_due": "a heartbeat's fault is logged, and the next one comes: writes must go on",
     "omni/server/writer.py:_commit_one": "hands whatever a write raised to its caller, who raises it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
     "stages/function/stage.py:_await_call": "the same for an async function",

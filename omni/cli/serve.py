@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from omni.server.settings import ServerSettings
 
 STATE_DIR = "omni-state"
-STOP_SECONDS = 15.0
-"""What a stop may take on top of --drain-seconds."""
+STOP_SECONDS = 40.0
+"""What a stop may take on top of --drain-seconds: more than its parts together, which have deadlines of their own."""
 NAME_CHARACTERS = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -198,9 +198,11 @@ def build_service(args: argparse.Namespace, graphs: dict[str, AsyncOmni], settin
         value = getattr(args, flag)
         if value is not None and not value >= (0 if flag in ("max_queued", "drain_seconds") else 1e-9):
             raise UsageError(f"--{flag.replace('_', '-')} {value}: must be more than that")
+    if args.store and not args.store.startswith("sqlite") and not args.files:
+        raise UsageError("--store without --files: servers that share jobs need their files, too; add --files URL")
     state = Path(args.state_dir)
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--state-dir {state}: cannot be made: {error.strerror}") from error
     limits = ServiceSettings(

@@ -20,7 +20,8 @@ IMAGE_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg",
 OPUS_RATE = 48_000
 PCM_RATE = 24_000
 """Of OpenAI's `pcm`: 16 bit, one channel, no header."""
-PREVIEW_QUALITY = 80
+PREVIEW_PIXELS = 256
+PREVIEW_QUALITY = 70
 
 
 class Encoder(msgspec.Struct, frozen=True):
@@ -59,8 +60,10 @@ def data_url(data: bytes, media_type: str) -> str:
 
 
 def preview_url(image: Image.Image) -> str:
-    """A preview as a data URL of a small JPEG."""
-    return data_url(encode_image(image, "jpeg", PREVIEW_QUALITY), "image/jpeg")
+    """A preview as a data URL of a small JPEG, PREVIEW_PIXELS at its longer side."""
+    small = image.convert("RGB")
+    small.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+    return data_url(encode_image(small, "jpeg", PREVIEW_QUALITY), "image/jpeg")
 
 
 def encode_audio(audio: Audio, audio_format: AudioFormat) -> bytes:

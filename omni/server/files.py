@@ -19,12 +19,14 @@ from typing import Any, TypeVar, TypeVarTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from omni.server.jobs import StoreError
+from omni.server.jobs import Draining, StoreError
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 NUM_WORKERS = 4
 """Threads that encode, decode and copy files."""
+MARK = "omni-store"
+"""File that names the job store to which the files belong."""
 NAME = re.compile(r"[A-Za-z0-9_]+/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -40,17 +42,23 @@ class FileStore:
             self._fs, self._root = fsspec.url_to_fs(url, **options)
             self.folder = Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
             """The local folder, or None for a remote store."""
+            if self.folder is not None:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what clients sent is nobody else's affair
             self._fs.makedirs(self._root, exist_ok=True)
         except (ImportError, OSError, ValueError) as error:
             raise StoreError(f"{url}: the file store cannot be opened: {error}") from error
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "omni-files")
+        self._closed = False
 
     def close(self) -> None:
         """End the threads, after what they do."""
+        self._closed = True
         self._workers.shutdown()
 
     async def call(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Do blocking work on files in a thread of the store."""
+        """Do blocking work on files in a thread of the store. Raises Draining after `close`."""
+        if self._closed:
+            raise Draining("the server has stopped; ask another, or again later")
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *arguments)
 
     # blocking, for `call` -----------------------------------------------------------------------------------------
@@ -99,6 +107,24 @@ class FileStore:
                 raise FileNotFoundError(name)
             return Path(path)
 
+    def mark(self, store_id: str) -> None:
+        """Note to which job store the files belong. Raises StoreError when they are another's.
+
+        Each store removes files whose jobs it does not know, so that two of them would remove each other's.
+        """
+        path = f"{self._root}/{MARK}"
+        with _told(MARK):
+            try:
+                owner = bytes(self._fs.cat_file(path)).decode("utf-8", "replace").strip()
+            except FileNotFoundError:
+                self._fs.pipe_file(path, store_id.encode())
+                return
+        if owner != store_id:
+            raise StoreError(
+                f"the files in {self._root} belong to another job store ({owner[:40]}); give each store a folder "
+                f"of its own, or remove {path} if that store is gone"
+            )
+
     def remove_folder(self, job_id: str) -> None:
         """Remove all files of a job."""
         if not re.fullmatch(r"[A-Za-z0-9_]+", job_id):
@@ -119,7 +145,7 @@ class FileStore:
                 found = self._fs.ls(self._root, detail=False, refresh=True)
             except FileNotFoundError:
                 return []
-            return [Path(path).name for path in found]
+            return [name for path in found if (name := Path(path).name) != MARK]
 
     def _path(self, name: str) -> str:
         if not NAME.fullmatch(name):

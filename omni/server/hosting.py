@@ -103,10 +103,13 @@ class Hosting:
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stopping.cancel()
-                await self.service.stop(self._drain_seconds)
-                self._server.should_exit = True
-                await serving
+                try:
+                    await self.service.finish(self._drain_seconds)
+                finally:
+                    self._server.should_exit = True  # only then do the stores close: nobody asks them any more
+                    await serving
         finally:
+            await self.service.close()
             self._bound.close()
 
     def stop(self) -> None:

@@ -58,6 +58,8 @@ class Hub:
         self._listeners: dict[str, set[Listener]] = {}
         self.num_events = 0
         """Events published so far."""
+        self.closed = False
+        """Whether all listeners have been sent away."""
 
     @property
     def num_listeners(self) -> int:
@@ -76,6 +78,12 @@ class Hub:
         """Let a job's listeners look into the store: someone else has written, or the job is gone."""
         for listener in self._listeners.get(job_id, ()):
             listener.look()
+
+    def close(self) -> None:
+        """End all listening in good order: what is committed is told, then each stream ends."""
+        self.closed = True
+        for job_id in list(self._listeners):
+            self.wake(job_id)
 
     def positions(self) -> dict[str, int]:
         """Job -> number of the last event that all of its listeners have."""
@@ -98,7 +106,7 @@ async def follow(store: JobStore, hub: Hub, job_id: str, after: int) -> AsyncGen
     """A job's events from number `after` + 1 on: stored ones, then live ones, up to the final one.
 
     Live events are used where they are the next in number; otherwise the store is read. Ends without a final event when
-    the job is gone.
+    the job is gone, and when the hub is closed.
     """
     with hub.listen(job_id, after) as listener:
         while True:
@@ -112,6 +120,8 @@ async def follow(store: JobStore, hub: Hub, job_id: str, after: int) -> AsyncGen
                     yield event
                     if event.is_final:
                         return
+                if hub.closed:
+                    return
                 if is_full or not (events := await listener.next_events()):
                     break
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from omni.server.answers import Answer
-from omni.server.jobs import Job, JobError, JobState, OutputFile
+from omni.server.jobs import Job, JobError, JobState, output_url
 
 
 class OutputObject(Answer, frozen=True, kw_only=True):
@@ -39,7 +39,7 @@ class JobObject(Answer, frozen=True, kw_only=True, tag_field="object", tag="job"
     progress: float
     """0 to 1, over all stages."""
     inputs: dict[str, Any]
-    """What it was made of; a medium is `{"type": "image"}`."""
+    """What it was made of; a medium is `{"type": "image"}`, a long text `{"type": "text"}`."""
     outputs: dict[str, list[OutputObject]]
     """Empty until it is done."""
     error: JobError | None
@@ -84,7 +84,7 @@ def job_object(job: Job, base: str = "") -> JobObject:
         priority=job.priority,
         attempt=job.attempt,
         progress=job.progress,
-        inputs={name: _shown(value) for name, value in job.inputs.items()},
+        inputs={name: shown_input(value) for name, value in job.inputs.items()},
         outputs=outputs,
         error=job.error,
     )
@@ -95,19 +95,14 @@ def job_document(job: Job) -> dict[str, Any]:
     return dict(msgspec.to_builtins(job_object(job)))
 
 
-def output_url(job_id: str, output: OutputFile) -> str:
-    """Address of an output's value, from the server's root."""
-    return f"/v1/jobs/{job_id}/outputs/{output.name}?index={output.index}"
-
-
-def _shown(value: Any) -> Any:
+def shown_input(value: Any) -> Any:
     """An input without the names of files in the store."""
     if isinstance(value, list):
-        return [_shown(item) for item in value]
+        return [shown_input(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "blob" in value:
         return {"type": value["type"]}
     if value.keys() == {"json"}:
         return value["json"]
-    return {name: _shown(item) for name, item in value.items()}
+    return {name: shown_input(item) for name, item in value.items()}

@@ -178,3 +178,8 @@ def new_job_id() -> str:
 def age_of(job_id: str) -> float:
     """Seconds since a job's id was made, by the time in it."""
     return time.time() - int(job_id[4:12], 16)
+
+
+def output_url(job_id: str, output: OutputFile) -> str:
+    """Address of an output's value, from the server's root."""
+    return f"/v1/jobs/{job_id}/outputs/{output.name}?index={output.index}"

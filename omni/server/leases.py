@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Connection, and_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import Connection, and_, delete, false, func, insert, literal, or_, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from omni.server.changes import Fence, end_aborted, poison, requeue
 from omni.server.jobs import JobEvent
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import Fence, JobStore, poison, requeue
+from omni.server.store import JobStore
 from omni.server.tables import JOBS, SERVERS
 
 try:
@@ -44,6 +45,7 @@ class Lease:
         database = None if self._postgres else store.url.database
         self._locks = None if database is None or fcntl is None else Path(f"{database}.servers")
         self._lock: IO[bytes] | None = None
+        self._patient_until = 0.0
         self.server_id = ""
 
     async def begin(self) -> None:
@@ -67,7 +69,16 @@ class Lease:
         self._release_lock()
 
     async def reap(self) -> list[list[JobEvent]]:
-        """Put the jobs of dead servers back into the queue; returns the events, by job."""
+        """Put the jobs of dead servers back into the queue; returns the events, by job.
+
+        A server whose own heartbeats failed does not judge others by theirs: after the database was away, it says that
+        it lives, and gives them one lease to do the same.
+        """
+        writer = self._store.writer
+        if time.monotonic() - writer.alive_at > 2 * self._settings.heartbeat_seconds:
+            await self._store.write(self._beat)
+            writer.alive_at = time.monotonic()
+            self._patient_until = writer.alive_at + self._settings.lease_seconds
         servers, any_dead = await self._store.read(self._survey)
         killed = [server for server in servers if server != self.server_id and self._is_unlocked(server)]
         if not killed and not any_dead:
@@ -77,13 +88,6 @@ class Lease:
             if self._locks is not None:
                 (self._locks / server).unlink(missing_ok=True)
         return events
-
-    async def put_back(self, fence: Fence, reason: str) -> list[JobEvent] | None:
-        """Back into the queue with a job that this server could not bring to its end, as if a server had died."""
-        statement = select(JOBS.c.deaths).where(JOBS.c.id == fence.job_id)
-        return await self._store.write(
-            lambda connection: self._put_back(connection, fence, connection.execute(statement).scalar() or 0, reason)
-        )
 
     def _now(self) -> ColumnElement[Any]:
         """By the database's clock, where servers may be on several hosts."""
@@ -102,6 +106,8 @@ class Lease:
         return servers, late is not None or left is not None
 
     def _is_late(self) -> ColumnElement[bool]:
+        if time.monotonic() < self._patient_until:
+            return false()
         expired = SERVERS.c.heartbeat_at < self._now() - self._settings.lease_seconds
         return and_(expired, SERVERS.c.id != self.server_id)
 
@@ -116,7 +122,7 @@ class Lease:
 
     def _put_back(self, connection: Connection, fence: Fence, deaths: int, reason: str) -> list[JobEvent] | None:
         if deaths + 1 >= self._settings.max_deaths:
-            return poison(connection, fence, deaths + 1)
+            return end_aborted(connection, fence) or poison(connection, fence, deaths + 1)
         return requeue(connection, fence, reason, deaths=1)
 
     def _is_unlocked(self, server: str) -> bool:

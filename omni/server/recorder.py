@@ -7,15 +7,17 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from omni.server.changes import Draft, Fence
 from omni.server.hub import Hub
 from omni.server.jobs import StoreError
-from omni.server.store import Draft, Fence, JobStore
+from omni.server.store import JobStore
 
 DROPPED_WHEN_MANY = ("text", "preview", "progress")
 MERGED = ("text", "progress")
 MANY = 32
 LINGER_SECONDS = 0.02
 """After a commit the next one waits so long for company: tokens come by the hundred a second."""
+CANCEL_SECONDS = 3.0
 log = logging.getLogger(__name__)
 
 
@@ -90,9 +92,12 @@ class Recorder:
                 self._lost()
 
 
-async def cancel(task: asyncio.Task[None] | None) -> None:
-    """Cancel a task and wait for its end."""
-    if task is not None:
+async def cancel(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait for their ends, CANCEL_SECONDS at most; a fault of one is logged."""
+    for task in tasks:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    if tasks:
+        done, _ = await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+        for task in done:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.warning("a task ended with an error while the server stopped", exc_info=error)

@@ -14,13 +14,14 @@ from omni.api import AsyncOmni
 from omni.errors import InputError, RunnerError, UsageError, one_line
 from omni.inputs import build_request
 from omni.messages import Aborted, Done, Event, Failed, Request, StagePreview
+from omni.server.changes import Draft, Fence, to_json
 from omni.server.files import FileStore
 from omni.server.hub import Hub
 from omni.server.jobs import Job, JobError, JobState, OutputFile, StoreError
 from omni.server.observer import Observer
 from omni.server.recorder import Recorder
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import Draft, Fence, JobStore, Waiting, to_json
+from omni.server.store import JobStore, Waiting
 from omni.server.translate import Translator, job_error, output_data
 from omni.server.values import read_inputs, sounds_of, store_outputs
 
@@ -159,7 +160,9 @@ class JobRun:
         await recorder.settle()
         events = await self._context.store.requeue(recorder.fence, self._reason)
         self._context.hub.publish(events)
-        return "lost" if events is None else "restarted"
+        if events is None:
+            return "lost"
+        return "aborted" if events[-1].is_final else "restarted"
 
     async def _done(self, recorder: Recorder, final: Done) -> str:
         files, job_id = self._context.files, self.job_id

@@ -62,6 +62,7 @@ class Service:
         self.files = files
         self._observers = Observers()
         self._hub = Hub()
+        self._clearing: set[asyncio.Task[None]] = set()
         self._dispatcher = Dispatcher(self.graphs, self.settings)
         self._check_address = check_address
         context = RunContext(store, files, self._hub, self.settings, self._observers)
@@ -71,6 +72,7 @@ class Service:
 
     async def start(self) -> None:
         """Start all graphs, then take up the jobs that wait. Raises StageSetupError, RunnerError or StoreError."""
+        await self.files.call(self.files.mark, self.store.store_id)
         try:
             async with asyncio.TaskGroup() as group:
                 for omni in self.graphs.values():
@@ -78,11 +80,29 @@ class Service:
         except BaseExceptionGroup as failures:
             await self._stop_graphs()
             raise failures.exceptions[0] from None
-        await self._worker.start()
+        try:
+            await self._worker.start()
+        except BaseException:
+            await self._stop_graphs()
+            raise
 
     async def stop(self, drain_seconds: float = 30.0) -> None:
-        """Take nothing new, let what runs go on for so long, put the rest back into the queue, and stop the graphs."""
-        await self._worker.stop(drain_seconds)
+        """Take nothing new, let what runs go on for so long, put the rest back into the queue, and stop the graphs.
+
+        It is `finish`, then `close`; between them a web server ends its connections.
+        """
+        await self.finish(drain_seconds)
+        await self.close()
+
+    async def finish(self, drain_seconds: float = 30.0) -> None:
+        """The first part of a stop: nothing runs any more and nobody listens, but jobs and files can be read."""
+        try:
+            await self._worker.stop(drain_seconds)
+        finally:
+            self._hub.close()
+
+    async def close(self) -> None:
+        """The last part of a stop: the graphs stop and the stores close. Who asks for a job then gets Draining."""
         await self._stop_graphs()
         await asyncio.to_thread(self.files.close)
         await asyncio.to_thread(self.store.close)
@@ -147,6 +167,20 @@ class Service:
             digest = await self.files.call(digest_of, _body_of(order))
             if (known := await self._known(order, digest)) is not None:
                 return known
+        storing = asyncio.get_running_loop().create_task(self._store(order, request, digest, webhook))
+        try:
+            job = await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            self._clear_up(storing, order.idempotency_key is not None)
+            raise
+        if job is not None:
+            return job
+        if (known := await self._known(order, digest)) is not None:  # an equal order came at the same time
+            return known
+        raise ServiceError(f"job {request.id} could not be stored; send it again")
+
+    async def _store(self, order: JobOrder, request: Request, digest: str, webhook: str | None) -> Job | None:
+        """Store the job of an order and let it wait. None when its idempotency key is taken."""
         with self._dispatcher.reserve(order.graph, order.key):
             inputs, size = await self.files.call(store_inputs, self.files, request.id, dict(request.inputs))
             job = Job(
@@ -167,9 +201,19 @@ class Service:
                 self._worker.take_up(job)
                 return job
         await self.files.call(self.files.remove_folder, job.id)
-        if (known := await self._known(order, digest)) is not None:  # an equal order came at the same time
-            return known
-        raise ServiceError(f"job {job.id} could not be stored; send it again")
+        return None
+
+    def _clear_up(self, storing: asyncio.Task[Job | None], is_named: bool) -> None:
+        """The caller has left while its job was stored: nobody can ask for it, but by its idempotency key."""
+
+        async def clear() -> None:
+            with contextlib.suppress(OmniError):
+                if (job := await storing) is not None and not is_named:
+                    await self.abort(job.id, "the caller left before the job was stored")
+
+        task = asyncio.get_running_loop().create_task(clear())
+        self._clearing.add(task)
+        task.add_done_callback(self._clearing.discard)
 
     async def get(self, job_id: str) -> Job | None:
         """A job of any server that shares the store."""

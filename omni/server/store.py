@@ -12,47 +12,23 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-import msgspec
-from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Row
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.sql.elements import ColumnElement
 
-from omni.server.jobs import FINAL_STATES, EventType, Job, JobError, JobEvent, JobState, OutputFile, StoreError
-from omni.server.tables import EVENTS, JOBS, SERVERS, connect, plain
+from omni.server.changes import DICT, Draft, Fence, append, as_text, final_values, requeue, to_job, to_row
+from omni.server.jobs import Draining, Job, JobError, JobEvent, JobState, OutputFile, ServiceError, StoreError
+from omni.server.tables import EVENTS, JOBS, SERVERS, STORES, connect, plain
 from omni.server.writer import Work, Writer
 
 T = TypeVar("T")
 NUM_READERS = 4
+READ_SECONDS = 30.0
 QUEUE_LIMIT = 10_000
 """Waiting jobs that a server looks at."""
 
-_ENCODE = msgspec.json.Encoder(enc_hook=repr).encode
-_OUTPUTS = msgspec.json.Decoder(tuple[OutputFile, ...])
-_ERROR = msgspec.json.Decoder(JobError)
-_JSON = msgspec.json.Decoder(dict[str, Any])
 _JOB_COLUMNS = tuple(JOBS.c[name] for name in Job.__struct_fields__)
-
-
-class Draft(NamedTuple):
-    """An event without its number."""
-
-    type: EventType
-    data: dict[str, Any]
-
-
-class Fence(NamedTuple):
-    """The right to write to a running job: holds while this server runs this attempt."""
-
-    job_id: str
-    owner: str
-    attempt: int
-
-    @property
-    def conditions(self) -> tuple[ColumnElement[bool], ...]:
-        """For the WHERE of an update."""
-        return (JOBS.c.state == "running", JOBS.c.owner == self.owner, JOBS.c.attempt == self.attempt)
 
 
 class Waiting(NamedTuple):
@@ -79,29 +55,55 @@ class JobStore:
         self.url = self.engine.url
         self.writer = Writer(self.engine, retry_seconds)
         self._readers = ThreadPoolExecutor(NUM_READERS, "omni-store-read")
+        self._closed = False
+        with self._reading.connect() as connection:
+            self.store_id: str = connection.execute(select(STORES.c.id)).scalar_one()
+            """Names the database; the same for all servers that share it."""
 
     def close(self) -> None:
         """Write what waits, and let the database go. Blocks."""
+        self._closed = True
         self.writer.close()
         self._readers.shutdown()
         self.engine.dispose()
         self._reading.dispose()
 
     async def write(self, work: Work[T]) -> T:
-        """Do `work` in a transaction; see Writer.write."""
+        """Do `work` in a transaction; see Writer.write. Raises StoreError, or Draining after `close`."""
+        self._check_open()
         return await self.writer.write(work)
 
     async def read(self, work: Work[T]) -> T:
-        """Do `work`, which only reads, outside of any transaction. Raises StoreError."""
+        """Do `work`, which only reads, outside of any transaction. Raises StoreError, or Draining after `close`."""
+        self._check_open()
 
         def call() -> T:
             with self._reading.connect() as connection:
                 return work(connection)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+            async with asyncio.timeout(READ_SECONDS):
+                return await asyncio.get_running_loop().run_in_executor(self._readers, call)
+        except TimeoutError as error:
+            text = f"the job store has not answered for {READ_SECONDS:g} s; see that its database works"
+            raise StoreError(text) from error
         except SQLAlchemyError as error:
             raise StoreError(f"the job store cannot be read: {plain(error)}") from error
+
+    async def check(self, seconds: float) -> str:
+        """Why the store cannot be used, or an empty string."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.read(lambda connection: connection.execute(select(1)).scalar())
+        except TimeoutError:
+            return f"the database has not answered for {seconds:g} s"
+        except ServiceError as error:
+            return str(error)
+        return self.writer.fault
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Draining("the server has stopped; ask another, or again later")
 
     # for clients --------------------------------------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class JobStore:
         self, job: Job, *, digest: str = "", size: int = 0, webhook: str | None = None
     ) -> list[JobEvent] | None:
         """Store a new job and its event `queued`. None when its idempotency key is taken."""
-        values = _to_row(job) | {"digest": digest, "bytes": size, "webhook": webhook}
+        values = to_row(job) | {"digest": digest, "bytes": size, "webhook": webhook}
         dialect = postgresql if self.engine.dialect.name == "postgresql" else sqlite
         statement = dialect.insert(JOBS).on_conflict_do_nothing().returning(JOBS.c.id)
 
@@ -125,14 +127,17 @@ class JobStore:
         statement = select(*_JOB_COLUMNS, JOBS.c.digest).where(
             JOBS.c.key == key, JOBS.c.idempotency_key == idempotency_key
         )
-        row = await self.read(lambda connection: connection.execute(statement).first())
-        return None if row is None else (_to_job(row), row.digest)
+
+        def work(connection: Connection) -> tuple[Job, str] | None:
+            row = connection.execute(statement).first()
+            return None if row is None else (to_job(row), row.digest)
+
+        return await self.read(work)
 
     async def get(self, job_id: str) -> Job | None:
         """A job, or None."""
         statement = select(*_JOB_COLUMNS).where(JOBS.c.id == job_id)
-        row = await self.read(lambda connection: connection.execute(statement).first())
-        return None if row is None else _to_job(row)
+        return await self.read(lambda connection: _job_or_none(connection.execute(statement).first()))
 
     async def list_jobs(
         self,
@@ -147,7 +152,7 @@ class JobStore:
         statement = select(*_JOB_COLUMNS).where(*(JOBS.c[name] == value for name, value in filters.items()))
         statement = statement.order_by(*(column.desc() if descending else column for column in place)).limit(limit)
 
-        def work(connection: Connection) -> Sequence[Row[Any]]:
+        def work(connection: Connection) -> list[Job]:
             final = statement
             if after is not None:
                 last = connection.execute(select(*place).where(JOBS.c.id == after)).first()
@@ -157,9 +162,9 @@ class JobStore:
                 beyond = JOBS.c.created_at < at if descending else JOBS.c.created_at > at
                 tied = JOBS.c.id < job_id if descending else JOBS.c.id > job_id
                 final = statement.where(or_(beyond, and_(JOBS.c.created_at == at, tied)))
-            return connection.execute(final).all()
+            return [to_job(row) for row in connection.execute(final)]
 
-        return [_to_job(row) for row in await self.read(work)]
+        return await self.read(work)
 
     async def events_after(self, job_id: str, sequence: int, limit: int = 500) -> list[JobEvent]:
         """The next stored events of a job, in order."""
@@ -169,11 +174,14 @@ class JobStore:
             .order_by(EVENTS.c.sequence)
             .limit(limit)
         )
-        rows = await self.read(lambda connection: connection.execute(statement).all())
-        return [
-            JobEvent(job_id=row.job_id, sequence=row.sequence, type=row.type, data=_JSON.decode(row.data), at=row.at)
-            for row in rows
-        ]
+
+        def work(connection: Connection) -> list[JobEvent]:
+            return [
+                JobEvent(job_id=row.job_id, sequence=row.sequence, type=row.type, data=DICT.decode(row.data), at=row.at)
+                for row in connection.execute(statement)
+            ]
+
+        return await self.read(work)
 
     async def positions(self, job_ids: Iterable[str]) -> dict[str, int]:
         """Job -> number of its last event; without jobs that are gone."""
@@ -184,14 +192,14 @@ class JobStore:
     async def abort_queued(self, job_id: str, reason: str) -> list[JobEvent] | None:
         """Abort a job that waits."""
         now = time.time()
-        values = _final_values("aborted", now)
+        values = final_values("aborted", now)
         draft = Draft("aborted", {"reason": reason})
         return await self.write(
             lambda connection: append(connection, job_id, [draft], [JOBS.c.state == "queued"], values)
         )
 
     async def ask_abort(self, job_id: str, reason: str) -> bool:
-        """Ask the server that runs a job to abort it. False when it does not run."""
+        """Ask whoever runs a job to abort it, whatever becomes of that server. False when it does not run."""
         statement = update(JOBS).where(JOBS.c.id == job_id, JOBS.c.state == "running").values(abort_reason=reason)
         return await self.write(lambda connection: connection.execute(statement).rowcount == 1)
 
@@ -225,11 +233,10 @@ class JobStore:
         statement = (
             update(JOBS)
             .where(JOBS.c.id == job_id, JOBS.c.state == "queued", exists().where(SERVERS.c.id == owner))
-            .values(state="running", owner=owner, started_at=time.time(), progress=0.0, abort_reason=None)
+            .values(state="running", owner=owner, started_at=time.time(), progress=0.0)
             .returning(*_JOB_COLUMNS)
         )
-        row = await self.write(lambda connection: connection.execute(statement).first())
-        return None if row is None else _to_job(row)
+        return await self.write(lambda connection: _job_or_none(connection.execute(statement).first()))
 
     async def append(self, fence: Fence, drafts: Sequence[Draft], progress: float) -> list[JobEvent] | None:
         """Add events to a running job."""
@@ -246,9 +253,9 @@ class JobStore:
         error: JobError | None = None,
     ) -> list[JobEvent] | None:
         """End a running job; the last draft is the final event."""
-        values = _final_values(state, time.time()) | {
-            "outputs": _text(outputs),
-            "error": None if error is None else _text(error),
+        values = final_values(state, time.time()) | {
+            "outputs": as_text(outputs),
+            "error": None if error is None else as_text(error),
         }
         if state == "done":
             values["progress"] = 1.0
@@ -258,7 +265,7 @@ class JobStore:
         )
 
     async def requeue(self, fence: Fence, reason: str) -> list[JobEvent] | None:
-        """Give a running job back to the queue, for no fault of its own."""
+        """Give a running job back to the queue, for no fault of its own; one that shall be aborted ends so."""
         return await self.write(lambda connection: requeue(connection, fence, reason, deaths=0))
 
     async def asked_to_abort(self, owner: str) -> dict[str, str]:
@@ -284,91 +291,5 @@ class JobStore:
         return {(row[0], row[1]): row[2] for row in rows}
 
 
-# Parts of transactions --------------------------------------------------------------------------------------------
-
-
-def append(
-    connection: Connection,
-    job_id: str,
-    drafts: Sequence[Draft],
-    conditions: Iterable[ColumnElement[bool]],
-    values: dict[str, Any] | None = None,
-    size: int = 0,
-) -> list[JobEvent] | None:
-    """Number and add events, if the job meets the conditions; set `values` of it along, and add `size` to its bytes."""
-    now = time.time()
-    texts = [_text(draft.data) for draft in drafts]
-    size += sum(map(len, texts))
-    statement = (
-        update(JOBS)
-        .where(JOBS.c.id == job_id, *conditions)
-        .values(last_sequence=JOBS.c.last_sequence + len(drafts), bytes=JOBS.c.bytes + size, **(values or {}))
-        .returning(JOBS.c.last_sequence)
-    )
-    last = connection.execute(statement).scalar()
-    if last is None:
-        return None
-    events = [
-        JobEvent(job_id=job_id, sequence=number, type=draft.type, data=draft.data, at=now)
-        for number, draft in enumerate(drafts, start=last - len(drafts) + 1)
-    ]
-    rows = [
-        {"job_id": job_id, "sequence": event.sequence, "type": event.type, "data": data, "at": now}
-        for event, data in zip(events, texts, strict=True)
-    ]
-    if rows:
-        connection.execute(insert(EVENTS), rows)
-    return events
-
-
-def requeue(connection: Connection, fence: Fence, reason: str, deaths: int) -> list[JobEvent] | None:
-    """Put a running job back into the queue with the next attempt; `deaths` servers died of it this time."""
-    values = {
-        "state": "queued",
-        "owner": None,
-        "attempt": fence.attempt + 1,
-        "deaths": JOBS.c.deaths + deaths,
-        "progress": 0.0,
-    }
-    draft = Draft("restarted", {"attempt": fence.attempt + 1, "reason": reason})
-    return append(connection, fence.job_id, [draft], fence.conditions, values)
-
-
-def poison(connection: Connection, fence: Fence, num_deaths: int) -> list[JobEvent] | None:
-    """Fail a running job that took its server along again and again."""
-    error = JobError(
-        cause=f"the server died {num_deaths} times while this job ran",
-        remedy="look into the server's log for what ended it (often: out of memory); ask for less",
-        code="poisoned",
-    )
-    values = _final_values("failed", time.time()) | {"error": _text(error), "deaths": num_deaths}
-    return append(connection, fence.job_id, [Draft("failed", {"error": to_json(error)})], fence.conditions, values)
-
-
-def to_json(value: Any) -> Any:
-    """Plain JSON values of a struct."""
-    return msgspec.to_builtins(value, enc_hook=repr)
-
-
-def _final_values(state: JobState, now: float) -> dict[str, Any]:
-    assert state in FINAL_STATES
-    due = case((JOBS.c.webhook.is_not(None), now), else_=None)
-    return {"state": state, "owner": None, "finished_at": now, "webhook_at": due}
-
-
-def _text(value: Any) -> str:
-    return _ENCODE(value).decode()
-
-
-def _to_row(job: Job) -> dict[str, Any]:
-    row = msgspec.structs.asdict(job)
-    row["error"] = None if job.error is None else _text(job.error)
-    return row | {name: _text(row[name]) for name in ("inputs", "outputs", "meta")}
-
-
-def _to_job(row: Any) -> Job:
-    values = {name: getattr(row, name) for name in Job.__struct_fields__}
-    values["inputs"], values["meta"] = _JSON.decode(values["inputs"]), _JSON.decode(values["meta"])
-    values["outputs"] = _OUTPUTS.decode(values["outputs"])
-    values["error"] = None if values["error"] is None else _ERROR.decode(values["error"])
-    return Job(**values)
+def _job_or_none(row: Row[Any] | None) -> Job | None:
+    return None if row is None else to_job(row)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omni.errors import StageError
 from omni.files import SUFFIXES, read_media
 from omni.messages import Aborted, Done, Event, Failed, Queued, StagePreview, StageProgress, StageText
-from omni.server.jobs import Job, JobEvent, JobOrder, StoreError
+from omni.server.jobs import Draining, Job, JobEvent, JobOrder, StoreError
 from omni.server.media_inputs import parse_data_url
 from omni.server.service import Service
 from omni.server.timing import note_graph_seconds
@@ -27,7 +27,8 @@ MAX_PREVIEW_BYTES = 1024**2
 
 
 async def finish_job(service: Service, order: JobOrder) -> Job:
-    """Store an order, and wait until its job is over; a caller that is cancelled aborts the job.
+    """Store an order, and wait until its job is over; a caller that is cancelled aborts the job,
+    as `submit` does while the order is stored.
 
     With an idempotency key the job goes on without its caller: who sends the key again will find it.
     """
@@ -43,13 +44,14 @@ async def finish_job(service: Service, order: JobOrder) -> Job:
 
 
 async def wait_for_end(service: Service, job: Job) -> None:
-    """Return when the job is over."""
+    """Return when the job is over. Raises Draining when the server stops before."""
     if not job.is_final:
         async for event in service.events(job.id):
             if event.is_final:
                 if event.type == "done":
                     note_graph_seconds(event.data["seconds"])
                 return
+        await _check_over(service, job)
 
 
 async def stored_events(service: Service, order: JobOrder) -> AsyncGenerator[Event, None]:
@@ -60,7 +62,15 @@ async def stored_events(service: Service, order: JobOrder) -> AsyncGenerator[Eve
             break
         if (told := as_event(event)) is not None:
             yield told
-    yield await final_event(service, await reload(service, job))
+    yield await final_event(service, await _check_over(service, job))
+
+
+async def _check_over(service: Service, job: Job) -> Job:
+    """The job, which should be over: its events have ended."""
+    now = await reload(service, job)
+    if not now.is_final:
+        raise Draining(f"the server stops before {job.id} is over; ask for the job again later")
+    return now
 
 
 async def reload(service: Service, job: Job) -> Job:

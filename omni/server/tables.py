@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,20 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from omni.server.jobs import StoreError
 
-VERSION = 1
+VERSION = 2
 """Of the tables; a database of another version is refused."""
 BUSY_MILLISECONDS = 30_000
 """How long SQLite waits for another process's transaction."""
+STATEMENT_MILLISECONDS = 20_000
+"""How long Postgres works on a statement, or waits for the next one inside a transaction."""
+POSTGRES_OPTIONS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+"""So that a connection whose other side is gone is noticed: seconds, but the last in milliseconds."""
 SETUP_LOCK = 0x6F6D6E69
 """Postgres's advisory lock for making the tables: two servers may start at once."""
 
@@ -92,6 +104,9 @@ SERVERS = Table(
     Column("heartbeat_at", Float(53), nullable=False),  # by the database's clock where it has one
 )
 
+STORES = Table("omni_store", METADATA, Column("id", Text, primary_key=True))
+"""One row: the name of this database, which marks its files."""
+
 VERSIONS = Table("omni_schema", METADATA, Column("version", Integer, primary_key=True))
 
 
@@ -115,7 +130,9 @@ def connect(url: str) -> tuple[Engine, Engine]:
         raise StoreError(f"{shown}: needs the package '{error.name}'; pip install 'omni-stages[postgres]'") from error
     try:
         if parsed.get_backend_name() == "sqlite":  # what clients sent is nobody else's affair
-            Path(parsed.database or "").parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            database = Path(parsed.database or "")
+            database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(database, os.O_CREAT | os.O_RDWR, 0o600))  # the files beside it get the same rights
         _make_tables(engines[0])
     except (SQLAlchemyError, OSError, StoreError) as error:
         for engine in engines:
@@ -155,8 +172,18 @@ def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
 
 
 def _postgres(url: str) -> tuple[Engine, Engine]:
-    options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
-    return create_engine(url, pool_size=1, **options), create_engine(url, isolation_level="AUTOCOMMIT", **options)
+    options: dict[str, Any] = {"pool_pre_ping": True, "connect_args": POSTGRES_OPTIONS}
+    engines = create_engine(url, pool_size=1, **options), create_engine(url, isolation_level="AUTOCOMMIT", **options)
+    for engine in engines:
+        event.listen(engine, "connect", _prepare_postgres)
+    return engines
+
+
+def _prepare_postgres(connection: Any, record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET statement_timeout = {STATEMENT_MILLISECONDS}")
+        cursor.execute(f"SET idle_in_transaction_session_timeout = {STATEMENT_MILLISECONDS}")
+    connection.commit()
 
 
 def _make_tables(engine: Engine) -> None:
@@ -166,6 +193,7 @@ def _make_tables(engine: Engine) -> None:
         if not inspect(connection).has_table(VERSIONS.name):
             METADATA.create_all(connection)
             connection.execute(insert(VERSIONS).values(version=VERSION))
+            connection.execute(insert(STORES).values(id=f"store_{secrets.token_hex(12)}"))
         _check_version(connection)
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 from omni.errors import StageDiedError, StageError, StageSetupError, StageTimeoutError
 from omni.messages import Event, HopFinished, StageFinished, StagePreview, StageProgress, StageStarted, StageText
-from omni.server.jobs import JobError, OutputFile
-from omni.server.store import Draft
+from omni.server.changes import Draft
+from omni.server.encoding import preview_url
+from omni.server.jobs import JobError, OutputFile, output_url
 
-PREVIEW_PIXELS = 256
-"""Longer side of a preview, in pixels."""
-PREVIEW_QUALITY = 70
 MAX_CAUSE_CHARACTERS = 4000
 CODES: tuple[tuple[type[StageError], str], ...] = (
     (StageTimeoutError, "stage_timeout"),
@@ -71,15 +67,6 @@ def hop_data(event: HopFinished) -> dict[str, Any]:
     return {name: getattr(event, name) for name in ("source", "target", "transport", "seconds", "bytes")}
 
 
-def preview_url(image: Any) -> str:
-    """A small JPEG of a PIL image, as a data URL."""
-    small = image.convert("RGB")
-    small.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
-    file = io.BytesIO()
-    small.save(file, format="JPEG", quality=PREVIEW_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def job_error(error: StageError) -> JobError:
     """What a client is told of a stage's error: no traceback."""
     code = next(code for kind, code in CODES if isinstance(error, kind))
@@ -94,6 +81,6 @@ def clean(text: str) -> str:
 
 def output_data(job_id: str, output: OutputFile) -> dict[str, Any]:
     """What listeners hear of an output."""
-    url = f"/v1/jobs/{job_id}/outputs/{output.name}?index={output.index}"
+    url = output_url(job_id, output)
     about = {"name": output.name, "index": output.index, "type": output.type, "url": url}
     return about | {"media_type": output.media_type, "bytes": output.bytes}

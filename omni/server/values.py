@@ -1,7 +1,8 @@
 """A job's inputs and outputs as JSON and files: what is stored is what every run of the job gets, to the last bit.
 
-In stored inputs a medium is `{"blob": NAME, "type": PORT TYPE, ...}`. A client's own JSON object that could be taken
-for one is wrapped as `{"json": OBJECT}`. Clips are stored as lossless H.264, sounds and tensors as safetensors.
+In stored inputs a medium is `{"blob": NAME, "type": PORT TYPE, ...}`, and so is a text or JSON that is long. A client's
+own JSON object that could be taken for one is wrapped as `{"json": OBJECT}`. Clips are stored as lossless H.264, sounds
+and tensors as safetensors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from omni.transport.payload import is_array, is_image, is_tensor
 MAX_DEPTH = 64
 """Of lists and objects inside each other."""
 MAX_INLINE_BYTES = 64 * 1024
-"""Texts up to this size are kept in the job itself."""
+"""Texts and JSON up to this size are kept in the job itself."""
 PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
 """Pictures of other modes are stored as their bytes, those with a palette as RGBA."""
 MEDIA_TYPES = {
@@ -117,7 +118,18 @@ def store_inputs(files: FileStore, job_id: str, inputs: dict[str, Any]) -> tuple
             size += path.stat().st_size
         return {"blob": name, "type": kind, **details}
 
-    return {name: store(value) for name, value in inputs.items()}, size
+    def keep(value: Any) -> Any:
+        nonlocal size
+        content = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        if len(content) <= MAX_INLINE_BYTES:
+            return value
+        name = f"{job_id}/in-{secrets.token_hex(6)}.json"
+        with files.writing(name) as path:
+            path.write_bytes(content)
+        size += len(content)
+        return {"blob": name, "type": "text" if isinstance(value, str) else "json"}
+
+    return {name: keep(store(value)) for name, value in inputs.items()}, size
 
 
 def read_inputs(files: FileStore, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +143,19 @@ def read_inputs(files: FileStore, inputs: dict[str, Any]) -> dict[str, Any]:
         if not plain and value.keys() == {"json"}:
             return read(value["json"], plain=True)
         if not plain and "blob" in value:
+            if value["type"] in ("text", "json"):
+                return read(read_long(files, value))
             with files.reading(value["blob"]) as path:
                 return _read_input(value, path)
         return {key: read(item) for key, item in value.items()}
 
     return {name: read(value) for name, value in inputs.items()}
+
+
+def read_long(files: FileStore, reference: dict[str, Any]) -> Any:
+    """A long text or JSON as it would lie in the job itself. Blocks; raises as `read_inputs`."""
+    with files.reading(reference["blob"]) as path:
+        return json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
 
 
 def _write_input(value: Any, kind: str, path: Path) -> dict[str, Any]:

@@ -22,9 +22,10 @@ import msgspec
 from sqlalchemy import Connection, select, update
 
 from omni.errors import InputError, UsageError
+from omni.server.changes import to_json
 from omni.server.jobs import Job
 from omni.server.service_settings import ServiceSettings
-from omni.server.store import JobStore, to_json
+from omni.server.store import JobStore
 from omni.server.tables import JOBS
 
 CheckAddress = Callable[[str], Awaitable[str]]
@@ -46,18 +47,26 @@ def plain_job(job: Job) -> dict[str, Any]:
 
 def sign(secret: str, webhook_id: str, timestamp: int, body: bytes) -> str:
     """The signature header. A secret `whsec_BASE64` is decoded, any other is used as it is."""
-    key = secret.encode()
-    if secret.startswith("whsec_"):
-        try:
-            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        except binascii.Error as error:
-            raise UsageError("the webhook secret begins with whsec_, but no base64 follows") from error
-    digest = hmac.new(key, f"{webhook_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+    message = f"{webhook_id}.{timestamp}.".encode() + body
+    digest = hmac.new(signing_key(secret), message, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
 
+def signing_key(secret: str) -> bytes:
+    """The bytes that sign. Raises UsageError for `whsec_` without base64 behind it."""
+    if not secret.startswith("whsec_"):
+        return secret.encode()
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        key = b""
+    if not key:
+        raise UsageError("the webhook secret begins with whsec_, but no base64 follows; copy it whole")
+    return key
+
+
 class Webhooks:
-    """Delivers what is due."""
+    """Delivers what is due. Raises UsageError for a secret that cannot sign."""
 
     def __init__(
         self,
@@ -66,6 +75,7 @@ class Webhooks:
         check_address: CheckAddress | None,
         render_job: RenderJob,
     ) -> None:
+        signing_key(settings.webhook_secret)
         self._store = store
         self._settings = settings
         self._check_address = check_address

@@ -12,9 +12,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from omni.api import AsyncOmni
+from omni.server.changes import Draft, Fence, to_json
 from omni.server.dispatcher import Dispatcher
 from omni.server.fair_queue import Entry
-from omni.server.jobs import Job, StoreError
+from omni.server.jobs import Job, JobError, JobEvent, StoreError
 from omni.server.leases import Lease
 from omni.server.recorder import cancel
 from omni.server.retention import Retention
@@ -22,8 +23,12 @@ from omni.server.run import JobRun, RunContext
 from omni.server.store import QUEUE_LIMIT, Waiting
 from omni.server.webhook import CheckAddress, RenderJob, Webhooks
 
-END_SECONDS = 30.0
-"""What runs get for their end after the drain, before they are cancelled."""
+END_SECONDS = 8.0
+"""What runs get for their end after the drain, before they are cancelled; `omni serve` waits longer than that."""
+STORE_SECONDS = 5.0
+"""What each write of a stop may take."""
+MAX_UNSTORED = 10
+"""Attempts after which a job fails whose end could not be stored, though the rest of the store can be written."""
 log = logging.getLogger(__name__)
 
 
@@ -87,14 +92,26 @@ class Worker:
             run.end("restart", "the server was stopped")
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=END_SECONDS)
-        for task in [*self._tasks.values(), *self._loops]:
-            await cancel(task)
+        await self._give_back()  # first of all: the process may be ended while it waits for what cannot be cancelled
+        await cancel(*self._tasks.values(), *self._loops)
         self._loops.clear()
         await self._webhooks.close()
         if self._lease is not None:
+            await self._give_back()  # what was claimed meanwhile
             lease, self._lease = self._lease, None
-            with contextlib.suppress(StoreError):
-                await lease.end()
+            with contextlib.suppress(StoreError, TimeoutError):
+                async with asyncio.timeout(STORE_SECONDS):
+                    await lease.end()
+
+    async def _give_back(self) -> None:
+        """Put all that the store says runs here back into the queue. What still goes on can write nothing any more."""
+        if self._lease is None:
+            return
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(STORE_SECONDS):
+                for fence in await self._context.store.owned(self._lease.server_id):
+                    events = await self._context.store.requeue(fence, "the server was stopped")
+                    self._context.hub.publish(events)
 
     # jobs ---------------------------------------------------------------------------------------------------------
 
@@ -106,9 +123,10 @@ class Worker:
         """Abort a job that waits or runs, here or elsewhere."""
         store = self._context.store
         run = self._runs.get(job_id)
-        if run is not None and run.is_ours:  # no need to ask the store
-            run.end("abort", reason)
-            return True
+        if run is not None and run.is_ours:
+            run.end("abort", reason)  # at once; the store keeps the wish for when this server dies before it is done
+            if await store.ask_abort(job_id, reason) or run.is_ours:
+                return True
         events = await store.abort_queued(job_id, reason)
         if events is not None:
             if self._dispatcher.queue.is_waiting(job_id):
@@ -117,7 +135,11 @@ class Worker:
             return True
         if run is not None:  # its claim is under way, here or elsewhere
             run.end("abort", reason)
-        return await store.ask_abort(job_id, reason)
+        if await store.ask_abort(job_id, reason):
+            return True
+        events = await store.abort_queued(job_id, reason)  # it went back into the queue meanwhile
+        self._context.hub.publish(events)
+        return events is not None
 
     def _take_up(self, waiting: Waiting) -> None:
         if self._dispatcher.draining or waiting.id in self._dispatcher.queue:
@@ -211,8 +233,15 @@ class Worker:
         """Jobs that the store says run here, though they do not: their end could not be written."""
         for fence in await self._context.store.owned(lease.server_id):
             if fence.job_id not in self._runs:
-                events = await lease.put_back(fence, "its end could not be stored")
-                self._context.hub.publish(events)
+                self._context.hub.publish(await self._put_back(fence))
+
+    async def _put_back(self, fence: Fence) -> list[JobEvent] | None:
+        """Back into the queue: a fault of the store is no death."""
+        store, reason = self._context.store, "its end could not be stored"
+        if fence.attempt < MAX_UNSTORED:
+            return await store.requeue(fence, reason)
+        error = JobError(cause=f"{reason} in {fence.attempt} attempts", remedy="see the server's log", code="unstored")
+        return await store.finish(fence, "failed", [Draft("failed", {"error": to_json(error)})], error=error)
 
     def _note_lost(self) -> None:
         """Others took this server for dead: its jobs are theirs."""

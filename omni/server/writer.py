@@ -15,6 +15,7 @@ import msgspec
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
+from omni.errors import one_line
 from omni.server.jobs import StoreError
 from omni.server.tables import plain
 
@@ -25,6 +26,8 @@ Work = Callable[[Connection], T]
 MAX_BATCH = 256
 RETRY_SECONDS = 0.05
 MAX_RETRY_SECONDS = 1.0
+GRACE_SECONDS = 30.0
+"""What a write may take beyond the time for which it is tried again."""
 CLOSE_SECONDS = 60.0
 PASSING = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_FULL", "SQLITE_CANTOPEN")
 log = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ class _Write(msgspec.Struct):
     loop: asyncio.AbstractEventLoop | None = None
     future: asyncio.Future[Any] | None = None
     result: Any = None
+    given_up: bool = False
+    """Whether nobody waits for it any longer: it is not begun."""
     error: BaseException | None = None
 
     def resolve(self) -> None:
@@ -52,25 +57,43 @@ class Writer:
         self._engine = engine
         self._retry_seconds = retry_seconds
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._writes: list[_Write] = []
+        """What the thread is about to commit."""
         self._beat: Work[None] | None = None
         self._heartbeat_seconds = 0.0
         self._beaten_at = 0.0
+        self.alive_at = 0.0
+        """When the last heartbeat was stored (`time.monotonic`)."""
         self._closed = False
+        self.fault = ""
+        """What ended the thread, other than `close`; empty while all is well."""
         self._thread = threading.Thread(target=self._run, name="omni-store", daemon=True)
         self._thread.start()
 
     async def write(self, work: Work[T]) -> T:
-        """Do `work` in a transaction; returns when it is committed. Raises StoreError."""
-        if self._closed:
-            raise StoreError("the job store is closed")
+        """Do `work` in a transaction; returns when it is committed. Raises StoreError.
+
+        That it took too long is a StoreError, too: what had not begun by then is not done, what had may be.
+        """
+        if self._closed or self.fault:
+            raise StoreError(self.fault or "the job store is closed")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Write(work, loop, future))
-        return await future
+        write = _Write(work, loop, future)
+        self._queue.put(write)
+        seconds = self._retry_seconds + GRACE_SECONDS
+        try:
+            async with asyncio.timeout(seconds):
+                return await future
+        except TimeoutError as error:
+            write.given_up = True
+            text = f"the job store has not answered for {seconds:g} s; see that its database works"
+            raise StoreError(text) from error
 
     def set_heartbeat(self, beat: Work[None] | None, seconds: float) -> None:
         """Begin with heartbeats, or end them."""
         self._heartbeat_seconds, self._beaten_at = seconds, time.monotonic()
+        self.alive_at = self._beaten_at
         self._beat = beat
         self._queue.put(_Write(lambda connection: None))  # the thread may wait without a deadline
 
@@ -84,13 +107,34 @@ class Writer:
     # in the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.fault = f"the job store cannot be written any more, start the server anew: {one_line(error)}"
+            log.exception("the thread that writes to the job store has ended")
+            self._refuse()
+            raise
+
+    def _refuse(self) -> None:
+        """Tell what waits that it waits in vain."""
+        waiting: list[_Write | None] = [*self._writes]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.append(self._queue.get_nowait())
+        writes = [write for write in waiting if write is not None]
+        for write in writes:
+            write.error = StoreError(self.fault)
+        self._tell(writes)
+
+    def _work(self) -> None:
         while True:
             batch = self._take()
             closing = None in batch
-            writes = [write for write in batch if write is not None]
-            if writes:
-                self._commit(writes)
-                self._tell(writes)
+            self._writes = [write for write in batch if write is not None]
+            if self._writes:
+                self._commit(self._writes)
+                self._tell(self._writes)
+                self._writes = []
             if closing:
                 return
             self._beat_if_due()
@@ -128,11 +172,14 @@ class Writer:
                 write.error = error
                 return
             time.sleep(pause)
+            self._beat_if_due()  # first of all: others may have come back to the database, too, and look who lives
             pause = min(2 * pause, MAX_RETRY_SECONDS)
 
     def _transact(self, writes: list[_Write]) -> None:
         with self._engine.begin() as connection:
             for write in writes:
+                if write.given_up:
+                    continue
                 write.result = write.work(connection)
 
     def _tell(self, writes: list[_Write]) -> None:
@@ -150,8 +197,11 @@ class Writer:
         try:
             with self._engine.begin() as connection:
                 beat(connection)
+            self.alive_at = time.monotonic()
         except SQLAlchemyError as error:
             log.warning("heartbeat failed: %s", plain(error))
+        except Exception:  # the next one comes; without it the thread would end, and all writes with it
+            log.exception("heartbeat failed")
         self._beaten_at = time.monotonic()
 
 

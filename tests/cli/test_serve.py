@@ -51,6 +51,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
         (["a.yaml", "--drain-seconds", "-1"], "--drain-seconds -1.0"),
         (["a.yaml", "--api-key", "short=x"], "secret of API key 'short'"),
         (["a.yaml", "--state-dir", "a.yaml"], "--state-dir a.yaml: cannot be made"),
+        (["a.yaml", "--store", "postgresql+psycopg://omni@db/omni"], "--store without --files"),
         (["a.yaml", "--set", "stages.shout.step=1"], "did you mean 'steps'?"),
     ],
 )
@@ -99,6 +100,8 @@ async def test_what_is_said_when_it_is_ready(folder: Path) -> None:
     graphs = build_graphs(args, View())
     service = build_service(args, graphs, build_settings(args))
     assert service.settings.max_running == 4
+    rights = {name: (folder / "state" / name).stat().st_mode & 0o777 for name in ("", "jobs.db", "files")}
+    assert rights == {"": 0o700, "jobs.db": 0o600, "files": 0o700}
     await service.stop(0)
     assert welcome("http://x", graphs, True)[:3] == ["listening on http://x", "page: http://x/", "graphs: a"]
     assert '"model": "a"' in welcome("http://x", graphs, True)[3]

@@ -76,3 +76,8 @@ def mix(image: Image.Image, clip: Video, sound: Audio, details: dict, count: int
 def fail(prompt: str) -> str:
     """Raises."""
     raise ValueError(f"no luck with {prompt}")
+
+
+def merge(text: str, more: dict) -> str:
+    """How much came in."""
+    return f"{len(text)} {len(str(more))}"

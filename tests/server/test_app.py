@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 from omni.server.access import parse_api_keys
+from omni.server.jobs import JobOrder
 from omni.server.settings import ServerSettings
 from tests.server.app_site import (
     CHAT,
@@ -254,3 +255,15 @@ def references(value: Any) -> set[str]:
         own = {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
         return own.union(*(references(item) for item in value.values()))
     return set().union(*(references(item) for item in value)) if isinstance(value, list) else set()
+
+
+async def test_lists_show_the_callers_jobs_alone(serve: Serve) -> None:
+    """Who has no key is someone of its own, and not everyone."""
+    site = await serve("echo")
+    mine, _ = [
+        await site.service.submit(JobOrder(graph="g", inputs={"prompt": "x"}, kind="video", key=key))
+        for key in ("", "alice")
+    ]
+    for path in ("/v1/jobs", "/v1/videos"):
+        listed = (await site.client.get(path)).json()["data"]
+        assert [job["id"] for job in listed] == [mine.id]

@@ -100,6 +100,38 @@ async def test_a_stop_drains(make_service: MakeService, tmp_path: Path) -> None:
         assert (await slow).status_code == 200
 
 
+async def test_a_stop_ends_streams_in_good_order(make_service: MakeService) -> None:
+    """A listener's stream ends whole and without an error; the job goes on with the next server."""
+    service = make_service({"g": "hold"})
+    async with hosted(service) as (hosting, url), httpx.AsyncClient(base_url=url, timeout=WAIT_SECONDS) as client:
+        made = await client.post("/v1/graphs/g/jobs", json={"inputs": {"prompt": "hold"}})
+        path = f"/v1/jobs/{made.json()['id']}/events"
+        told = []
+        async with client.stream("GET", path) as answer:
+            async for line in answer.aiter_lines():
+                told.append(line)
+                if line == "event: stage_started":
+                    hosting.stop()
+        types = [line.removeprefix("event: ") for line in told if line.startswith("event: ")]
+        assert types == ["queued", "stage_started", "restarted"]
+    app = build_app(service, ServerSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        late = await client.get(path.removesuffix("/events"))
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+
+
+async def test_who_waits_for_a_stored_job_is_told_of_a_stop(make_service: MakeService) -> None:
+    service = make_service({"g": "hold"})
+    async with hosted(service) as (hosting, url), httpx.AsyncClient(base_url=url, timeout=WAIT_SECONDS) as client:
+        waits = {"Prefer": "wait=60"}
+        call = client.post("/v1/graphs/g/jobs", json={"inputs": {"prompt": "hold"}}, headers=waits)
+        waiting = asyncio.create_task(call)
+        await until(lambda: service.running("g") == 1 and service.num_listeners == 1)
+        hosting.stop()
+        answer = await waiting
+        assert (answer.status_code, answer.json()["state"]) == (202, "queued")
+
+
 def test_wrong_places_are_named() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()

@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert
 
+from omni.server.changes import Draft, Fence
 from omni.server.hub import MAX_PENDING, PAGE, Hub, Listener, follow
 from omni.server.jobs import Job, JobEvent, new_job_id
-from omni.server.store import Draft, Fence, JobStore
+from omni.server.store import JobStore
 from omni.server.tables import SERVERS
 
 WAIT_SECONDS = 30

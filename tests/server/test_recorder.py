@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert
 
+from omni.server.changes import Draft, Fence
 from omni.server.hub import Hub
 from omni.server.jobs import Job, new_job_id
 from omni.server.recorder import MANY, Recorder
-from omni.server.store import Draft, Fence, JobStore
+from omni.server.store import JobStore
 from omni.server.tables import SERVERS
 
 

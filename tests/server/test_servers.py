@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from omni.messages import Queued
-from omni.server.jobs import Draining, QueueFull
+from omni.server import worker
+from omni.server.jobs import Draining, QueueFull, StoreError
+from omni.server.tables import JOBS
 from omni.testing import doubles
 from tests.server import functions
 from tests.server.conftest import MakeService
@@ -92,6 +96,32 @@ async def test_a_stopped_server_finishes_what_it_can(make_service: MakeService) 
     assert restarted == [{"attempt": 2, "reason": "the server was stopped"}]
 
 
+async def test_a_stop_that_is_cut_short_counts_no_death(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run does not end in time: its job is back in the queue before anything waits for it."""
+    service = make_service({"g": "hold"})
+    await service.start()
+    job = await service.submit(order("hold"))
+    await reached(service, job, "stage_started")
+    monkeypatch.setattr("omni.server.worker.END_SECONDS", 0.01)
+    monkeypatch.setattr("omni.server.run.JobRun.end", lambda *_: None)
+    seen: list[str] = []
+    cancel = worker.cancel
+
+    async def watched(*tasks: asyncio.Task[None]) -> None:
+        seen.append(await state_of(service, job))
+        await cancel(*tasks)
+
+    monkeypatch.setattr("omni.server.worker.cancel", watched)
+    await service.stop(0)
+    assert seen == ["queued"]
+    again = make_service({"other": "hold"})
+    await again.start()
+    row = select(JOBS.c.state, JOBS.c.deaths, JOBS.c.attempt).where(JOBS.c.id == job.id)
+    assert tuple(await again.store.read(lambda connection: connection.execute(row).one())) == ("queued", 0, 2)
+
+
 async def test_a_new_server_answers_for_old_jobs(make_service: MakeService) -> None:
     first = make_service({"g": "echo"})
     await first.start()
@@ -152,3 +182,26 @@ async def test_a_changed_graph_fails_its_old_jobs(make_service: MakeService) -> 
     error = (await all_events(second, job))[-1].data["error"]
     assert error["code"] == "invalid_input"
     assert "unknown input 'prompt'" in error["cause"]
+
+
+async def test_an_abort_is_stored_before_it_is_acknowledged(make_service: MakeService) -> None:
+    """The server may die right after its answer."""
+    service = make_service({"g": "hold"})
+    await service.start()
+    job = await service.submit(order("hold"))
+    await reached(service, job, "stage_started")
+    assert await service.abort(job.id, "enough")
+    stored = select(JOBS.c.abort_reason).where(JOBS.c.id == job.id)
+    assert await service.store.read(lambda connection: connection.execute(stored).scalar()) == "enough"
+    assert (await all_events(service, job))[-1].data == {"reason": "enough"}
+
+
+@pytest.mark.parametrize("files", ["folder", "memory"])
+async def test_two_stores_do_not_share_files(make_service: MakeService, tmp_path: Path, files: str) -> None:
+    """Each would remove the other's as files without a job."""
+    place = tmp_path / "files" if files == "folder" else f"memory://{tmp_path.name}"
+    for _ in range(2):  # servers of one store do
+        await make_service({"g": "echo"}, files=place).start()
+    other = make_service({"g": "echo"}, url=f"sqlite:///{tmp_path}/other.db", files=place)
+    with pytest.raises(StoreError, match=r"belong to another job store .*; give each store a folder of its own"):
+        await other.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from omni.errors import InputError, RequestFailed
 from omni.media import Audio, Video
 from omni.messages import Aborted, Done, Failed, Queued, StageStarted
-from omni.server.jobs import IdempotencyConflict, JobOrder
+from omni.server.jobs import IdempotencyConflict, JobOrder, StoreError
 from omni.server.values import read_inputs
 from omni.testing import doubles
 from tests.server import functions
@@ -158,7 +159,7 @@ async def test_equal_orders_of_an_idempotency_key_are_one_job(make_service: Make
 
     jobs = await asyncio.gather(*(service.submit(picture(1)) for _ in range(5)))
     assert len({job.id for job in jobs}) == 1
-    assert [path.name for path in (tmp_path / "files").iterdir()] == [jobs[0].id]
+    assert service.files.folders() == [jobs[0].id]
     for other in (picture(2), picture(1, seed=5), picture(1, kind="video"), picture(1, meta={"a": 1})):
         with pytest.raises(IdempotencyConflict, match="idempotency key 'i' belongs to another request"):
             await service.submit(other)
@@ -317,3 +318,47 @@ async def test_an_aborted_stream_ends_with_its_event(make_service: MakeService) 
         if isinstance(event, StageStarted):
             assert await service.graphs["g"].abort("r")
     assert isinstance(events[-1], Aborted)
+
+
+@pytest.mark.parametrize("key", [None, "mine"])
+async def test_who_leaves_while_its_job_is_stored_leaves_none(make_service: MakeService, key: str | None) -> None:
+    """But one with an idempotency key, which its caller can ask for again."""
+    service = make_service({"g": "hold"})
+    await service.start()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(connection: object) -> bool:
+        begun.set()
+        return go_on.wait(60)
+
+    blocked = asyncio.ensure_future(service.store.write(hold))
+    await asyncio.to_thread(begun.wait, 60)
+    leaving = asyncio.ensure_future(service.submit(order("hold", idempotency_key=key)))
+    async with asyncio.timeout(60):
+        while service.store.writer._queue.empty():  # until its insert waits
+            await asyncio.sleep(0.001)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        go_on.set()
+        assert await blocked
+        while not (jobs := await service.list_jobs()):
+            await asyncio.sleep(0.001)
+        if key is None:
+            assert (await all_events(service, jobs[0]))[-1].type == "aborted"
+        else:
+            await reached(service, jobs[0], "stage_started")
+
+
+async def test_graphs_stop_when_the_store_does_not_begin(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service({"g": "echo"})
+
+    async def fault(worker: object) -> None:
+        raise StoreError("no luck")
+
+    monkeypatch.setattr("omni.server.worker.Worker.start", fault)
+    with pytest.raises(StoreError, match="no luck"):
+        await service.start()
+    assert await service.graphs["g"].check(1.0) == {"work": "it is not loaded"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, insert, text
 
+from omni.server.changes import Draft, Fence
 from omni.server.jobs import Job, JobError, JobEvent, OutputFile, StoreError, new_job_id
-from omni.server.store import Draft, Fence, JobStore
+from omni.server.store import JobStore
 from omni.server.tables import METADATA, SERVERS
 
 FILE = OutputFile(name="text", type="text", media_type="text/plain", blob="", bytes=3, text="abc")
@@ -175,7 +177,7 @@ async def test_two_processes_may_make_the_tables_at_once(store_url: str) -> None
 async def test_tables_of_another_version_are_refused(store: JobStore) -> None:
     await store.write(lambda connection: connection.execute(text("UPDATE omni_schema SET version = 99")))
     url = store.url.render_as_string(hide_password=False)
-    with pytest.raises(StoreError, match="tables of version 99, this Omni needs 1; use a new database"):
+    with pytest.raises(StoreError, match="tables of version 99, this Omni needs 2; use a new database"):
         JobStore(url)
 
 
@@ -219,3 +221,28 @@ def test_the_database_is_in_wal_mode_and_private(tmp_path: Path) -> None:
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 1  # NORMAL
     assert (tmp_path / "state").stat().st_mode & 0o077 == 0
     store.close()
+
+
+async def test_a_store_tells_whether_it_works(store: JobStore) -> None:
+    assert await store.check(30.0) == ""
+    store.writer.fault = "no thread"
+    assert await store.check(30.0) == "no thread"
+    assert await store.check(0.0) == "the database has not answered for 0 s"
+
+
+async def test_a_read_has_a_deadline(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.server.store.READ_SECONDS", 0.01)
+    go_on = threading.Event()
+    with pytest.raises(StoreError, match=r"the job store has not answered for 0\.01 s"):
+        await store.read(lambda connection: go_on.wait(60))
+    go_on.set()
+
+
+async def test_postgres_ends_what_takes_too_long(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni.server.tables.STATEMENT_MILLISECONDS", 20)
+    store = JobStore(postgres)
+    with pytest.raises(StoreError, match="statement timeout"):
+        await store.read(lambda connection: connection.execute(text("SELECT pg_sleep(60)")))
+    store.close()
+    METADATA.drop_all(engine := create_engine(postgres))
+    engine.dispose()

@@ -19,8 +19,9 @@ from omni.messages import (
     StageStarted,
     StageText,
 )
+from omni.server.encoding import PREVIEW_PIXELS
 from omni.server.jobs import JobError
-from omni.server.translate import PREVIEW_PIXELS, Translator, job_error
+from omni.server.translate import Translator, job_error
 
 
 def about(stage: str) -> dict[str, str]:

@@ -162,3 +162,15 @@ def test_what_no_file_can_hold_leaves_none(files: FileStore) -> None:
     assert files.folder is not None
     assert str(files.folder) not in str(caught.value)
     assert list((files.folder / "job_1").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "value", ["\u00e9" * 40_000, {"blob": "x" * 70_000}, [{"json": 1}, "y" * 70_000], {"a": ["z"] * 30_000}]
+)
+def test_long_texts_and_json_lie_in_files(files: FileStore, value: Any) -> None:
+    """Else every list of jobs would read them."""
+    stored, size = store_inputs(files, "job_1", {"value": value, "short": "x"})
+    assert len(json.dumps(stored)) < 200
+    assert size > 64 * 1024
+    assert stored["value"]["type"] == ("text" if isinstance(value, str) else "json")
+    assert read_inputs(files, json.loads(json.dumps(stored))) == {"value": value, "short": "x"}

@@ -150,3 +150,9 @@ def test_the_signature_is_the_standards() -> None:
     assert sign(secret, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, message) == signature
     with pytest.raises(UsageError, match="begins with whsec_, but no base64 follows"):
         sign("whsec_?", "m", 1, b"")
+
+
+@pytest.mark.parametrize("secret", ["whsec_", "whsec_?"])
+def test_a_wrong_secret_is_found_at_the_start(make_service: MakeService, secret: str) -> None:
+    with pytest.raises(UsageError, match="the webhook secret begins with whsec_, but no base64 follows; copy it whole"):
+        make_service({"g": "echo"}, webhook_secret=secret)

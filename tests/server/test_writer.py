@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import OperationalError
 
 from omni.server.jobs import StoreError
 from omni.server.tables import connect
@@ -101,6 +102,67 @@ async def test_heartbeats_do_not_need_the_event_loop(database: Database) -> None
     assert beaten.wait(WAIT_SECONDS)  # the loop is blocked here
     database.writer.set_heartbeat(None, 0.0)
     assert await database.writer.write(answer) == 42
+
+
+async def test_heartbeats_go_on_while_a_write_is_tried_again(database: Database) -> None:
+    beaten = threading.Event()
+    database.writer.set_heartbeat(lambda connection: beaten.set(), 0.001)
+
+    def refuse(connection: Connection) -> None:
+        if not beaten.is_set():
+            raise OperationalError("", None, sqlite3.OperationalError("away"))
+
+    await database.writer.write(answer)
+    beaten.clear()
+    await asyncio.wait_for(database.writer.write(refuse), WAIT_SECONDS)
+    database.writer.set_heartbeat(None, 0.0)
+
+
+async def test_a_faulty_heartbeat_ends_nothing(database: Database) -> None:
+    beaten = threading.Event()
+
+    def fault(connection: Connection) -> None:
+        beaten.set()
+        raise OSError("no luck")
+
+    database.writer.set_heartbeat(fault, 0.01)
+    assert await asyncio.to_thread(beaten.wait, WAIT_SECONDS)
+    assert await database.writer.write(answer) == 42
+    database.writer.set_heartbeat(None, 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_nothing_waits_for_a_thread_that_has_ended(database: Database) -> None:
+    def end(connection: Connection) -> None:
+        raise SystemExit
+
+    writes = [asyncio.ensure_future(database.writer.write(work)) for work in (end, answer)]
+    for write in writes:
+        with pytest.raises(StoreError, match="cannot be written any more, start the server anew"):
+            await asyncio.wait_for(write, WAIT_SECONDS)
+    with pytest.raises(StoreError, match="cannot be written any more"):
+        await database.writer.write(answer)
+    assert database.writer.fault
+
+
+async def test_a_write_has_a_deadline(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has not begun by then is not done later."""
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def hold(connection: Connection) -> bool:
+        begun.set()
+        return go_on.wait(WAIT_SECONDS)
+
+    first = asyncio.ensure_future(database.writer.write(hold))
+    await asyncio.to_thread(begun.wait, WAIT_SECONDS)
+    monkeypatch.setattr("omni.server.writer.GRACE_SECONDS", 0.01 - 5.0)
+    with pytest.raises(StoreError, match="has not answered for"):
+        await database.writer.write(lambda connection: done.append(1))
+    go_on.set()
+    monkeypatch.undo()
+    assert await asyncio.wait_for(first, WAIT_SECONDS)
+    assert await database.writer.write(answer) == 42
+    assert done == []
 
 
 async def test_a_closed_writer_says_so(database: Database) -> None:

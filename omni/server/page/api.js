@@ -97,6 +97,19 @@ export const deleteJob = (id) => call(`v1/jobs/${encodeURIComponent(id)}`, { met
 export const planPath = (graph) => `v1/graphs/${encodeURIComponent(graph)}/plan.svg`;
 export const inputPath = (id, name, index) =>
   `v1/jobs/${encodeURIComponent(id)}/inputs/${encodeURIComponent(name)}?index=${index}`;
+/** Whether a job's object names an input without its content, since it is long. */
+const isLong = (value) => ["text", "json"].includes(value?.type) && Object.keys(value).length === 1;
+
+/** The inputs of a job, the long ones too. */
+export async function wholeInputs(job) {
+  const whole = async ([name, value]) => {
+    if (!isLong(value)) return [name, value];
+    const answer = await call(inputPath(job.id, name, 0));
+    return [name, await (value.type === "text" ? answer.text() : answer.json())];
+  };
+  return Object.fromEntries(await Promise.all(Object.entries(job.inputs).map(whole)));
+}
+
 export const outputPath = (id, name, index) =>
   `v1/jobs/${encodeURIComponent(id)}/outputs/${encodeURIComponent(name)}?index=${index}`;
 

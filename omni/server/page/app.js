@@ -1,6 +1,6 @@
 /** The page: ties the form, the job that is looked at, the history and the address together. */
 
-import { ApiError, FINAL, deleteJob, getJob, hasKey, inputPath, listGraphs, mediaUrl, onKeyNeeded, planPath, setKey, startJob } from "./api.js";
+import { ApiError, FINAL, deleteJob, getJob, hasKey, inputPath, listGraphs, mediaUrl, onKeyNeeded, planPath, setKey, startJob, wholeInputs } from "./api.js";
 import { askOnce, byId, el, icon } from "./dom.js";
 import { Form } from "./form.js";
 import { History } from "./history.js";
@@ -123,7 +123,7 @@ async function again(job) {
   await attempt(async () => {
     if (graph.name !== job.graph) await chooseGraph(job.graph);
     byId("seed").value = job.seed;
-    await form.fill(job.inputs, (name, value) => [value].flat().map((_, index) => inputPath(job.id, name, index)));
+    await form.fill(await wholeInputs(job), (name, value) => [value].flat().map((_, index) => inputPath(job.id, name, index)));
     form.focus();
     byId("announce").textContent = "The form holds what this job was asked";
   });

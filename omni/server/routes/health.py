@@ -12,7 +12,7 @@ from omni.server.errors import RETRY_SECONDS, ErrorAnswer, ErrorDetail
 from omni.server.openapi import operation
 
 CHECK_SECONDS = 5.0
-"""How long a stage may take to answer."""
+"""How long a stage, or the job store, may take to answer."""
 
 
 class Health(Answer, frozen=True, kw_only=True, omit_defaults=False):
@@ -46,12 +46,14 @@ class Checks:
         return json_answer(Health())
 
     async def ready(self, request: Request) -> Response:
-        """Whether every stage of every graph answers, and requests are taken."""
+        """Whether every stage of every graph and the job store answer, and requests are taken."""
         graphs = self.context.graphs
         found = await asyncio.gather(*(omni.check(CHECK_SECONDS) for omni in graphs.values()))
         faults = {
             f"{name}.{stage}": why for name, part in zip(graphs, found, strict=True) for stage, why in part.items()
         }
+        if why := await self.context.service.store.check(CHECK_SECONDS):
+            return _not_ready(f"the job store is not ready: {why}", "store_not_ready", None, faults)
         if faults:
             stage, why = next(iter(faults.items()))
             return _not_ready(f"stage '{stage}' is not ready: {why}", "stage_not_ready", stage, faults)

@@ -31,8 +31,7 @@ from omni.server.encoding import encode_image
 from omni.server.errors import ApiError, bad_request
 from omni.server.fields import translate
 from omni.server.graph_facts import output_types, steps_of
-from omni.server.job_object import output_url
-from omni.server.jobs import Job, JobOrder
+from omni.server.jobs import Job, JobOrder, output_url
 from omni.server.limits import JsonTexts
 from omni.server.media_room import RequestMedia
 from omni.server.openapi import EVENTS, operation

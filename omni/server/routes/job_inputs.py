@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 
@@ -13,15 +14,18 @@ from omni.media import Audio
 from omni.server.context import Context
 from omni.server.errors import not_found
 from omni.server.files import FileStore
+from omni.server.job_object import shown_input
 from omni.server.openapi import operation
 from omni.server.routes.jobs import SAFE_HEADERS, find_job
-from omni.server.values import read_inputs
+from omni.server.values import read_inputs, read_long
 
 MEDIA_TYPES = {
     "image": "image/png",
     "video": "video/x-matroska",
     "audio": "audio/wav",
     "tensor": "application/octet-stream",
+    "text": "text/plain; charset=utf-8",
+    "json": "application/json",
 }
 WAV_HEADER = "<4sI4s4sIHHIIHH4sI"
 FLOAT_SAMPLES = 3
@@ -40,6 +44,10 @@ def float_wav(audio: Audio) -> bytes:
 
 def read_medium(files: FileStore, reference: dict[str, Any]) -> Path | bytes:
     """The file behind a stored medium: its local path, or its bytes. Blocks; raises FileNotFoundError."""
+    if reference["type"] == "text":
+        return str(read_long(files, reference)).encode("utf-8", "replace")
+    if reference["type"] == "json":
+        return msgspec.json.encode(shown_input(read_long(files, reference)))
     if reference["type"] != "audio":
         return files.open_sync(reference["blob"])
     return float_wav(read_inputs(files, {"audio": reference})["audio"])
@@ -52,7 +60,7 @@ def build_router(context: Context) -> APIRouter:
     @router.get(
         "/v1/jobs/{job_id}/inputs/{name}",
         **operation(
-            "A picture, clip, sound or tensor that a job was given",
+            "A picture, clip, sound, tensor, long text or long JSON that a job was given",
             content={"*/*": {"type": "string", "format": "binary"}},
             errors=(400, 401, 404),
         ),

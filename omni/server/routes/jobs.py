@@ -22,7 +22,7 @@ from omni.server.encoding import IMAGE_TYPES, ImageFormat, encode_image
 from omni.server.errors import bad_request, not_found
 from omni.server.fields import own_inputs
 from omni.server.job_object import JobDeleted, JobList, JobObject, job_object
-from omni.server.jobs import Job, JobOrder, JobState, OutputFile
+from omni.server.jobs import JOB_ID, Draining, Job, JobOrder, JobState, OutputFile
 from omni.server.openapi import EVENTS, operation, reference
 from omni.server.reading import Body, convert, read_body
 from omni.server.stored import open_image, wait_for_end
@@ -31,7 +31,6 @@ from omni.server.streaming import EventStream, ServerEvent
 WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,6})(?:$|[,;\s])")
 MAX_LIST = 100
 MAX_SEQUENCE = 10**18
-JOB_ID = re.compile(r"job_[0-9a-f]{24}")
 WRITE_ERRORS = (400, 401, 404, 409, 413, 415, 429, 500, 503)
 SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 """What a graph made is data: a browser that opens it runs nothing in it."""
@@ -79,7 +78,7 @@ class Jobs:
         seconds = wait_seconds(request)
         if seconds and not job.is_final:
             seconds = min(seconds, self.context.settings.request_seconds)
-            with contextlib.suppress(TimeoutError):  # not over yet: the client asks again
+            with contextlib.suppress(TimeoutError, Draining):  # not over yet: the client asks again
                 await until_left(request, wait_for_end(self.context.service, job), seconds)
             job = await self.context.service.get(job.id) or job
         return json_answer(job_object(job), 200 if job.is_final else 202, {"Location": f"/v1/jobs/{job.id}"})
@@ -99,7 +98,7 @@ class Jobs:
         jobs = await self.context.service.list_jobs(
             graph=graph,
             state=state,
-            key=key_of(request) or None,
+            key=key_of(request),
             limit=limit + 1,
             after=None if after is None else (await find_job(self.context, request, after)).id,
             order=order,

@@ -96,7 +96,7 @@ class Videos:
         if after is not None:
             await find_job(self.context, request, after, KIND)
         jobs = await self.context.service.list_jobs(
-            kind=KIND, key=key_of(request) or None, limit=limit + 1, after=after, order=order
+            kind=KIND, key=key_of(request), limit=limit + 1, after=after, order=order
         )
         videos = [video_of(job, self.context) for job in jobs[:limit]]
         first, last = (videos[0].id, videos[-1].id) if videos else (None, None)

@@ -85,6 +85,19 @@ def test_run_watch_and_look_back(page: Page, gate: Gate) -> None:
     expect(page.get_by_label("Prompt").first).to_be_focused()
 
 
+def test_a_long_prompt_is_there_again(page: Page, gate: Gate) -> None:
+    """The job's object leaves it out."""
+    prompt = "a red disc " * 7000
+    page.get_by_label("Prompt").first.fill(prompt)
+    page.get_by_role("button", name=re.compile("^Run")).click()
+    expect(state(page)).to_have_text("Running")
+    gate.let(4)
+    finished(page)
+    page.get_by_label("Prompt").first.fill("")
+    page.get_by_role("button", name="Same again", exact=True).click()
+    expect(page.get_by_label("Prompt").first).to_have_value(prompt)
+
+
 def test_abort_by_button_and_by_key(page: Page, gate: Gate) -> None:
     start(page, "a green disc")
     gate.let(1)

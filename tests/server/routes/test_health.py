@@ -43,5 +43,12 @@ async def test_a_stage_that_does_not_answer_is_named(
 
         monkeypatch.setattr(service.graphs["g"], "check", silent)
         answer = await client.get("/ready")
+        monkeypatch.undo()
+        assert (await client.get("/ready")).status_code == 200
+        service.store.writer.fault = "its disk is gone"
+        no_store = await client.get("/ready")
+        service.store.writer.fault = ""
     assert (answer.status_code, answer.json()["error"]["stage"]) == (503, "g.b")
     assert answer.json()["error"]["message"] == "stage 'g.b' is not ready: it did not answer within 5 s"
+    assert (no_store.status_code, no_store.json()["error"]["code"]) == (503, "store_not_ready")
+    assert no_store.json()["error"]["message"] == "the job store is not ready: its disk is gone"

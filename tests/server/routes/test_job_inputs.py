@@ -23,6 +23,7 @@ GRAPH = {
     "inputs": {"pictures": "list[image]", "sound": "audio", "clip": "video", "numbers": "tensor", "text": "text"},
     "stages": {"look": {"kind": "function", "call": "tests.server.routes.looking:look"}},
 }
+MERGE = {"kind": "function", "call": "tests.server.functions:merge"}
 Files = list[tuple[str, tuple[str, bytes]]]
 
 
@@ -76,3 +77,18 @@ async def test_media_come_back_as_they_were(make_service: MakeService, tmp_path:
         assert (await client.get(f"/v1/jobs/{job['id']}/inputs/clip?index=-1")).status_code == 400
         answer = await client.get("/v1/jobs/job_0123456789abcdef01234567/inputs/clip")
         assert answer.status_code == 404
+
+
+async def test_long_texts_and_json_come_back(make_service: MakeService) -> None:
+    service = make_service({"g": {"inputs": {"text": "text", "more": "json"}, "stages": {"work": MERGE}}})
+    await service.start()
+    given = {"text": "\u00e9" * 40_000, "more": {"a": ["x" * 70_000]}}
+    transport = httpx.ASGITransport(build_app(service, ServerSettings()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        job = (await client.post("/v1/graphs/g/jobs", json={"inputs": given}, headers={"Prefer": "wait=30"})).json()
+        assert job["state"] == "done", job
+        assert job["inputs"] == {"text": {"type": "text"}, "more": {"type": "json"}}
+        text = await client.get(f"/v1/jobs/{job['id']}/inputs/text")
+        more = await client.get(f"/v1/jobs/{job['id']}/inputs/more")
+    assert (text.text, text.headers["content-type"]) == (given["text"], "text/plain; charset=utf-8")
+    assert (more.json(), more.headers["content-type"]) == (given["more"], "application/json")
