@@ -20,6 +20,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from omni.messages import Progress
 from omni.stage import Work
+from stages.diffusion.batching.batch import is_finite
+from stages.diffusion.batching.join import Joiner, tensors_of
+from stages.diffusion.batching.meeting import Meeting
+from stages.diffusion.faults import NotFinite
 
 DENOISER_NAMES = ("transformer", "unet")
 DENOISER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
@@ -27,12 +31,23 @@ DENOISER_PACKAGES = ("diffusers.models.transformers", "diffusers.models.unets")
 _current: ContextVar[DenoiseRun | None] = ContextVar("current denoise run", default=None)
 
 
+def current_run() -> DenoiseRun | None:
+    """The run that the calling thread works for."""
+    return _current.get()
+
+
 class DenoiseRun:
     """One request's way through its pipeline: stops it when asked, reports its denoise steps."""
 
-    def __init__(self, work: Work) -> None:
+    priority = 0
+    """Its calls are joined and served before those of a lower one."""
+
+    def __init__(self, work: Work, meeting: Meeting | None = None) -> None:
         self._work = work
+        self._meeting = meeting
         self._step = 0
+        self._broken: torch.Tensor | None = None
+        """On a GPU: whether any answer so far was not finite; to read it waits for the GPU."""
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -42,6 +57,25 @@ class DenoiseRun:
             yield
         finally:
             _current.reset(token)
+            self._leave()
+
+    def check_answer(self, answer: Any) -> None:
+        """Look at a denoiser's answer. Raises NotFinite, on a GPU only from `check`."""
+        if not is_finite(answer):
+            raise NotFinite(self._step + 1)
+        for tensor in tensors_of(answer):
+            if tensor.device.type != "cpu":
+                broken = torch.isfinite(tensor).all().logical_not()
+                self._broken = broken if self._broken is None else self._broken | broken
+
+    def check(self) -> None:
+        """After the last step. Raises NotFinite when the denoiser gave numbers that are not finite."""
+        if self._broken is not None and bool(self._broken):
+            raise NotFinite(None)
+
+    def _leave(self) -> None:
+        if self._meeting is not None:
+            self._meeting.leave(self)
 
     def fork(self, pipeline: Any) -> Any:
         """A copy of `pipeline` that shares its modules, with noise schedulers and guiders of its own.
@@ -70,6 +104,8 @@ class DenoiseRun:
         """Report one more denoise step; `steps_left` follow in this loop (a pipeline may have several loops)."""
         self._step += 1
         self._work.emit(Progress(step=self._step, num_steps=self._step + steps_left, unit="denoise step"))
+        if not steps_left:
+            self._leave()
         self.raise_if_aborted()
 
 
@@ -96,21 +132,44 @@ class StepBar(tqdm):  # type: ignore[misc]
 class Seam:
     """Stands in the place of one denoiser's forward. What works per call or across requests is plugged in here."""
 
-    def __init__(self, denoiser: torch.nn.Module) -> None:
+    def __init__(
+        self, denoiser: torch.nn.Module, meeting: Meeting | None = None, pixels_per_value: float = 1.0
+    ) -> None:
+        """`meeting`: where calls of several requests are joined, of samples with so many pixels for each number."""
         self.denoiser = denoiser
         self._forward = denoiser.forward
+        self._meeting, self._pixels_per_value = meeting, pixels_per_value
+        self._joiner = Joiner(denoiser, self._forward)
         functools.update_wrapper(self, denoiser.forward)  # pipelines read the forward's signature
         denoiser.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = _current.get()
-        if run is not None:
-            run.raise_if_aborted()
-        return self._forward(*args, **kwargs)
+        if run is None:
+            return self._forward(*args, **kwargs)
+        run.raise_if_aborted()
+        answer = self._forward(*args, **kwargs) if self._meeting is None else self._meet(run, args, kwargs)
+        run.check_answer(answer)
+        return answer
 
     def remove(self) -> None:
         """Give the denoiser its own forward back."""
         del self.denoiser.forward
+
+    def _meet(self, run: DenoiseRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._meeting is not None
+        form = self._joiner.form(args, kwargs)
+        modes = (torch.is_grad_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")))
+        num_pixels = 1.0 if form is None else form.num_values * self._pixels_per_value
+        return self._meeting.run(run, (id(self), modes), form, self._forward_for_all, (args, kwargs), num_pixels)
+
+    def _forward_for_all(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward on behalf of whoever is in the call: denoisers inside it see no run, and run at once."""
+        token = _current.set(None)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            _current.reset(token)
 
 
 def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -121,3 +180,13 @@ def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
         if isinstance(component, torch.nn.Module)
         and (name.startswith(DENOISER_NAMES) or type(component).__module__.startswith(DENOISER_PACKAGES))
     }
+
+
+def pixels_per_value(pipeline: DiffusionPipeline) -> float:
+    """Pixels of the result for each number of the latents, over all frames and channels; 1 where the VAE tells nothing."""
+    vae = getattr(pipeline, "vae", None)
+    config = getattr(vae, "config", None) or {}
+    channels = config.get("latent_channels") or config.get("z_dim") or config.get("in_channels") or 1
+    edge = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", None) or 1
+    frames = getattr(pipeline, "vae_scale_factor_temporal", None) or 1
+    return float(edge) ** 2 * float(frames) / float(channels)

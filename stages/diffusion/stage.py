@@ -1,4 +1,5 @@
-"""The stage that runs a stock diffusers pipeline, one request at a time per worker thread."""
+"""The stage that runs a stock diffusers pipeline, one request at a time per worker thread; with `batching` in the spec
+there are several, which meet in the denoiser."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ class DiffusionStage(ThreadedStage):
     """Any diffusers pipeline. A request's pictures depend on its inputs and seed only, not on what runs beside it."""
 
     def __init__(self, context: StageContext) -> None:
-        super().__init__(context)
         assert isinstance(context.spec, DiffusionSpec)
         self.spec = context.spec
+        if self.spec.batching is not None:
+            self.num_workers = self.spec.batching.max_requests
+        super().__init__(context)
         self.built: Built | None = None
 
     def load(self, report: Report) -> None:
@@ -44,9 +47,10 @@ class DiffusionStage(ThreadedStage):
         def draw() -> Payload:
             arguments = self._arguments(built, call)
             fps = frames_per_second(arguments, built.signature, self.spec.fps)
-            run = DenoiseRun(work)
+            run = DenoiseRun(work, built.meeting)
             with run.active(), torch.no_grad():
                 result = run.fork(built.pipeline)(**arguments, **self._owned_arguments(built, call.seed))
+                run.check()
                 return build_payload(result, built.signature, fps, audio_rate(built.pipeline))
 
         with run_faults(name, built.pipeline, built.device):
@@ -58,6 +62,8 @@ class DiffusionStage(ThreadedStage):
     def unload(self) -> None:
         """Drop the pipeline and free its device memory."""
         if self.built is not None:
+            if self.built.locks is not None:
+                self.built.locks.remove()
             for seam in self.built.seams:
                 seam.remove()
             if self.built.offload is not None:
