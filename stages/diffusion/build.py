@@ -33,7 +33,7 @@ from stages.diffusion.checkpoint import (
     pipeline_name,
     read_index,
 )
-from stages.diffusion.denoiser import Seam, find_denoisers, pixels_per_value
+from stages.diffusion.denoiser import Seam, find_denoisers, find_text_encoders, pixels_per_value
 from stages.diffusion.faults import setup_faults
 from stages.diffusion.signature import Signature, signature_of
 from stages.policies.load import ComponentRequest, load_components
@@ -99,13 +99,13 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         signature = signature_of(type(pipeline))
         if mistakes := call_mistakes(spec.call, signature):
             raise _mistaken(stage, mistakes)
-        # 6. The seam in each denoiser's forward
-        meeting, pixels = _meeting(spec), pixels_per_value(pipeline)
-        seams = tuple(Seam(denoiser, meeting, pixels) for denoiser in find_denoisers(pipeline).values())
-        # 7. What requests take corrects the plan, where there is one
-        correction = Correction.of(stage, offload, context.memory, spec, facts)
-        # 8. One request at a time in all other components, where several run at once
+        # 6. One request at a time in each component, where several run at once
+        meeting = _meeting(spec)
         locks = None if meeting is None else lock_components(pipeline)
+        # 7. The seam in each denoiser's forward, and in text encoders' where their calls are joined too
+        seams = _seams(pipeline, meeting)
+        # 8. What requests take corrects the plan, where there is one
+        correction = Correction.of(stage, offload, context.memory, spec, facts)
         undo.pop_all()
     total = sum(sizes.values())
     report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
@@ -118,6 +118,14 @@ def _meeting(spec: DiffusionSpec) -> Meeting | None:
     if batching is None or batching.max_requests == 1:
         return None
     return Meeting(batching.max_requests, batching.max_pixels, parse_seconds(batching.wait))
+
+
+def _seams(pipeline: Any, meeting: Meeting | None) -> tuple[Seam, ...]:
+    pixels = pixels_per_value(pipeline)
+    seams = [Seam(denoiser, meeting, pixels) for denoiser in find_denoisers(pipeline).values()]
+    if meeting is not None:
+        seams += [Seam(encoder, meeting, 0.0, checks=False) for encoder in find_text_encoders(pipeline).values()]
+    return tuple(seams)
 
 
 def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:

@@ -1,5 +1,7 @@
 """The seam: the denoiser's forward, where Omni meets a stock pipeline once or twice a denoise step.
 
+Where requests are batched, text encoders have seams too.
+
 Each request runs the pipeline's own `__call__` in its own thread, on its own fork of the pipeline, as a `DenoiseRun`.
 The denoiser modules are shared; the seam in their forward finds the run that is calling and acts for it.
 """
@@ -133,12 +135,18 @@ class Seam:
     """Stands in the place of one denoiser's forward. What works per call or across requests is plugged in here."""
 
     def __init__(
-        self, denoiser: torch.nn.Module, meeting: Meeting | None = None, pixels_per_value: float = 1.0
+        self,
+        denoiser: torch.nn.Module,
+        meeting: Meeting | None = None,
+        pixels_per_value: float = 1.0,
+        *,
+        checks: bool = True,
     ) -> None:
-        """`meeting`: where calls of several requests are joined, of samples with so many pixels for each number."""
+        """`meeting`: where calls of several requests are joined, of samples with so many pixels for each number.
+        `checks`: answers must be finite."""
         self.denoiser = denoiser
         self._forward = denoiser.forward
-        self._meeting, self._pixels_per_value = meeting, pixels_per_value
+        self._meeting, self._pixels_per_value, self._checks = meeting, pixels_per_value, checks
         self._joiner = Joiner(denoiser, self._forward)
         functools.update_wrapper(self, denoiser.forward)  # pipelines read the forward's signature
         denoiser.forward = self
@@ -149,7 +157,8 @@ class Seam:
             return self._forward(*args, **kwargs)
         run.raise_if_aborted()
         answer = self._forward(*args, **kwargs) if self._meeting is None else self._meet(run, args, kwargs)
-        run.check_answer(answer)
+        if self._checks:
+            run.check_answer(answer)
         return answer
 
     def remove(self) -> None:
@@ -180,6 +189,12 @@ def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
         if isinstance(component, torch.nn.Module)
         and (name.startswith(DENOISER_NAMES) or type(component).__module__.startswith(DENOISER_PACKAGES))
     }
+
+
+def find_text_encoders(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The components of `pipeline` that read the prompt."""
+    parts = pipeline.components.items()
+    return {name: part for name, part in parts if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)}
 
 
 def pixels_per_value(pipeline: DiffusionPipeline) -> float:
