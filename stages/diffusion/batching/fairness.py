@@ -36,7 +36,7 @@ class RoundRobin:
             self._ring.rotate(-1)
             following = self._ring[0]
             if following in costs:
-                self._credit[following] = min(self._credit[following] + share, share)
+                self._credit[following] = min(self._credit[following] + share, 2 * share)
 
     def _forget(self) -> None:
         for group in [group for group, seen in self._seen.items() if self._num_choices - seen > FORGOTTEN_AFTER]:

@@ -8,7 +8,6 @@ Nobody waits for requests that are in their text encoder or VAE.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -18,6 +17,8 @@ from stages.diffusion.batching.batch import BatchRunner
 from stages.diffusion.batching.fairness import RoundRobin
 from stages.diffusion.batching.join import Form
 
+WAIT_SHARE = 0.1
+"""Of the last call's time: it pays to wait so long, where that is longer than `wait_seconds`."""
 LOOK_SECONDS = 0.04
 """How often a waiting request looks whether it was aborted."""
 
@@ -83,6 +84,8 @@ class Meeting:
         """Requests between two denoise steps."""
         self._host: Call | None = None
         self._patience_ends = 0.0
+        self._last_seconds = 0.0
+        """What the last call took."""
 
     def run(
         self,
@@ -101,7 +104,7 @@ class Meeting:
         with self._lock:
             self._coming.discard(guest)
             self._waiting.append(call)
-            self._patience_ends = time.monotonic() + self._wait_seconds
+            self._renew_patience()
             if self._host is not None:
                 self._host.changed.notify()
             try:
@@ -152,6 +155,7 @@ class Meeting:
             self._waiting = [call for call in self._waiting if call not in batch]
             error: BaseException | None = RuntimeError("the thread that ran a joined call was stopped")
             self._lock.release()
+            begin = time.monotonic()
             try:
                 self.batches.run(batch[0].denoiser, batch)
                 error = None
@@ -159,7 +163,11 @@ class Meeting:
                 self._lock.acquire()
                 for call in batch:
                     call.end(error)
-                self._patience_ends = time.monotonic() + self._wait_seconds
+                self._last_seconds = time.monotonic() - begin
+                self._renew_patience()
+
+    def _renew_patience(self) -> None:
+        self._patience_ends = time.monotonic() + max(self._wait_seconds, WAIT_SHARE * self._last_seconds)
 
     def _groups(self) -> dict[Hashable, list[Call]]:
         """What could run as one call, of each kind that waits; only kinds in which one of the highest priority is."""
@@ -191,5 +199,5 @@ class Meeting:
         )
 
     def _choose(self, groups: dict[Hashable, list[Call]]) -> list[Call]:
-        costs = {group: sum(call.num_pixels for call in calls) for group, calls in groups.items()}
+        costs = {group: max(1.0, sum(call.num_pixels for call in calls)) for group, calls in groups.items()}
         return groups[self._turns.choose(costs)]
