@@ -105,8 +105,8 @@ Duration = Annotated[
 class BatchingSpec(Spec, frozen=True, kw_only=True):
     """Requests at the same time: they go through their denoise steps together, in joined calls of the denoiser."""
 
-    max_requests: Annotated[int, Meta(ge=1, le=256)] = 8
-    """How many requests the stage works on at once, and the most in one call; 1 is one after another."""
+    max_requests: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Requests that the stage works on at once, and the most in one call; 1 is one after another."""
     max_pixels: Annotated[int, Meta(ge=1)] = 4_194_304
     """Height x width x frames of all pictures in one call; guidance that doubles the batch counts twice. One request
     always fits."""
@@ -161,8 +161,7 @@ class DiffusionSpec(StageSpec, frozen=True, kw_only=True, tag="diffusion"):
     """Arguments of the pipeline's own call; a request's field of the same name wins."""
     fps: Annotated[float, Meta(gt=0)] = 16.0
     """Frames per second written with a video when the call has no frame_rate."""
-    batching: BatchingSpec | None = None
-    """Left out: one request after another. `batching: {}` turns it on."""
+    batching: BatchingSpec = BatchingSpec()
     load: LoadSpec = LoadSpec()
     offload: OffloadSpec = OffloadSpec()
     revision: str | None = None

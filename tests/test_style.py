@@ -27,6 +27,8 @@ BROAD_EXCEPTS = {
     "omni/runner/process.py:run": "the same edge for a run: its error becomes a StageError",
     "omni/runner/process.py:abort": "the same edge for an abort, so that the run is given up after its grace",
     "omni/runner/ray_environment.py:_serve": "hands whatever a call raised to its caller, who raises it again",
+    "stages/diffusion/batching/batch.py:_run": "a joined call failed: its members run one by one, each to its own end",
+    "stages/diffusion/batching/batch.py:_run_alone": "hands whatever a call raised to its request, to raise it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
     "stages/function/stage.py:_await_call": "the same for an async function",
     "omni/stage.py:compute": "hands whatever a worker thread raised to the event loop, which raises it again",

@@ -1,9 +1,9 @@
 """Several requests at once against the same ones one after another, on one diffusion stage.
 
-GRAPH has one text-to-image diffusion stage. It is loaded twice: with step batching, as `batching` in the graph says or with
-its defaults, and without. Each round draws the same random prompts and seeds with both, in changing order. The requests of
-a round may take different numbers of steps (`--mixed`). The pictures must be equal to the precision of the arithmetic:
-kernels choose their order of sums by the size of the batch.
+GRAPH has one text-to-image diffusion stage. It is loaded twice: without step batching, and with it, as `batching` in
+the graph says or for as many requests as there are. Each round draws the same random prompts and seeds with both, in
+changing order. The requests of a round may take different numbers of steps (`--mixed`). The pictures must be equal to
+the precision of the arithmetic: kernels choose their order of sums by the size of the batch.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def measure(args: argparse.Namespace) -> Report:
     overrides = with_load_flags(args, args.graph)
     given = Omni(args.graph, overrides=overrides, runner="inline")
     spec, name = single_stage(given), given.plan.stages[0].stage
-    batching = [] if spec.batching is not None else [f"stages.{name}.batching={{max_requests: {args.requests}}}"]
+    size = f"stages.{name}.batching.max_requests"
+    batching = [] if spec.batching.max_requests > 1 else [f"{size}={args.requests}"]
     steps = int(spec.call.get("num_inference_steps", 20))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     cpu_seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     levels = 0
-    alone = Omni(args.graph, overrides=[*overrides, f"stages.{name}.batching=null"], runner="inline")
+    alone = Omni(args.graph, overrides=[*overrides, f"{size}=1"], runner="inline")
     together = Omni(args.graph, overrides=[*overrides, *batching], runner="inline")
     with alone, together:
         for turn in range(args.warmup + args.repeat):
@@ -139,7 +140,9 @@ def _report(
             build_section("CPU time of them, all threads", SERIAL, cpu_seconds),
         ),
         targets=(
-            build_target("throughput, by medians", median(seconds[SERIAL]) / median(seconds[BATCHED]), MIN_GAIN, "x", False),
+            build_target(
+                "throughput, by medians", median(seconds[SERIAL]) / median(seconds[BATCHED]), MIN_GAIN, "x", False
+            ),
             build_target("throughput, median of rounds", median(gains), MIN_GAIN, "x", False),
         ),
         correct=levels <= MAX_LEVELS,

@@ -115,7 +115,7 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
 def _meeting(spec: DiffusionSpec) -> Meeting | None:
     """The meeting point of a stage that works on several requests at once."""
     batching = spec.batching
-    if batching is None or batching.max_requests == 1:
+    if batching.max_requests == 1:
         return None
     return Meeting(batching.max_requests, batching.max_pixels, parse_seconds(batching.wait))
 

@@ -198,7 +198,7 @@ def find_text_encoders(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module
 
 
 def pixels_per_value(pipeline: DiffusionPipeline) -> float:
-    """Pixels of the result for each number of the latents, over all frames and channels; 1 where the VAE tells nothing."""
+    """Pixels of the result for each number of the latents, over all frames; 1 where the VAE tells nothing."""
     vae = getattr(pipeline, "vae", None)
     config = getattr(vae, "config", None) or {}
     channels = config.get("latent_channels") or config.get("z_dim") or config.get("in_channels") or 1

@@ -25,8 +25,7 @@ class DiffusionStage(ThreadedStage):
     def __init__(self, context: StageContext) -> None:
         assert isinstance(context.spec, DiffusionSpec)
         self.spec = context.spec
-        if self.spec.batching is not None:
-            self.num_workers = self.spec.batching.max_requests
+        self.num_workers = max(self.num_workers, self.spec.batching.max_requests)
         super().__init__(context)
         self.built: Built | None = None
 

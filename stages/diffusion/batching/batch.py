@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 MAX_KINDS = 256
 """Kinds of calls that are remembered."""
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 5e-3}
-"""What joined and single answers may differ by, as a share of their root mean square. Kernels choose their order of sums by
-the size of the batch; answers for the wrong sample differ by far more."""
+"""What joined and single answers may differ by, as a share of their root mean square. Kernels choose their order of
+sums by the size of the batch; answers for the wrong sample differ by far more."""
 OTHER_TOLERANCE = 0.05
 """The same in bfloat16, float16 and smaller."""
 
@@ -110,7 +110,9 @@ class BatchRunner:
             torch.cuda.empty_cache()
         half = len(members) // 2
         _remember(self._limits, (group, form.key), half)
-        log.warning("a joined call of %d requests does not fit into memory: no more than %d from now", len(members), half)
+        log.warning(
+            "a joined call of %d requests does not fit into memory: no more than %d from now", len(members), half
+        )
         self._run(group, members[:half])
         self._run(group, members[half:])
 

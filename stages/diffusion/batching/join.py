@@ -211,7 +211,8 @@ def _join(rule: Rule, values: list[Any], sizes: list[int]) -> Any:
             return [item for value in values for item in value]
         case Parts(type=kind, names=names, rules=rules):
             if kind is dict:
-                return {name: _join(part, [v[name] for v in values], sizes) for name, part in zip(names, rules, strict=True)}
+                named = zip(names, rules, strict=True)
+                return {name: _join(part, [value[name] for value in values], sizes) for name, part in named}
             return kind(_join(part, [v[number] for v in values], sizes) for number, part in enumerate(rules))
 
 

@@ -19,8 +19,8 @@ SHARED: dict[str, frozenset[str]] = {
     "BriaTransformer2DModel": frozenset({"img_ids", "txt_ids"}),
     "LongCatImageTransformer2DModel": frozenset({"img_ids", "txt_ids"}),
 }
-"""Denoiser class -> arguments without samples: calls are joined only where they are equal. Those whose first axis is not
-as long as the batch are found without a rule; these may have one row, for one token."""
+"""Denoiser class -> arguments without samples: calls are joined only where they are equal. Those whose first axis is
+not as long as the batch are found without a rule; these may have one row, for one token."""
 
 
 def _buckets(size: int) -> Callable[[Sequence[Any]], Hashable]:

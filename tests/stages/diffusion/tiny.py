@@ -106,6 +106,7 @@ FAMILIES = {
     ),
 }
 
+
 def positive(inputs: Callable[[int], dict[str, Any]]) -> Callable[[int], dict[str, Any]]:
     """Inputs without a negative branch, for pipelines that take its embeddings only beside a text encoder."""
     return lambda seed: {name: value for name, value in inputs(seed).items() if "negative" not in name}

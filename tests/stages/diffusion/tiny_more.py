@@ -214,7 +214,7 @@ def cogvideox() -> Any:
 def hidream() -> Any:
     """A mixture of experts, with the samples of one input along its second dimension."""
     transformer = d.HiDreamImageTransformer2DModel(
-        patch_size=2,
+        patch_size=8,
         in_channels=4,
         out_channels=4,
         num_layers=1,
@@ -226,7 +226,7 @@ def hidream() -> Any:
         num_routed_experts=4,
         num_activated_experts=2,
         axes_dims_rope=(4, 2, 2),
-        max_resolution=(32, 32),
+        max_resolution=(128, 128),
         llama_layers=(0, 1),
         force_inference_output=True,
     )

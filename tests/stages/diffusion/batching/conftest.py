@@ -35,7 +35,7 @@ def batched(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Diffusi
     stages: list[DiffusionStage] = []
 
     def build(family: str, **limits: Any) -> DiffusionStage:
-        batching = BatchingSpec(**{"wait": "2s", **limits})
+        batching = BatchingSpec(**{"max_requests": 8, "wait": "2s", **limits})
         stages.append(build_stage(family, checkpoint(family), batching=batching))
         return stages[-1]
 

@@ -1,4 +1,4 @@
-"""Step batching on tiny pipelines of many families: the same results as alone, aborts, and the table of docs/support.md.
+"""Step batching on tiny pipelines of many families: results as alone, aborts, the table of docs/support.md.
 
 `OMNI_WRITE_SUPPORT=1 pytest tests/stages/diffusion/batching/test_families.py` writes the table anew.
 """
