@@ -213,25 +213,23 @@ class AsyncOmni:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
 
-    def request(self, *, seed: int | None = None, request_id: str | None = None, **inputs: Any) -> Request:
-        """A checked request, without running it. Raises InputError."""
-        return build_request(self.graph, inputs, seed, request_id)
+    def request(
+        self, *, seed: int | None = None, request_id: str | None = None, preview_every: int = 0, **inputs: Any
+    ) -> Request:
+        """A checked request, without running it; `preview_every` steps come a StagePreview. Raises InputError."""
+        return build_request(self.graph, inputs, seed, request_id, preview_every)
 
-    async def stream(
-        self, request: Request | None = None, *, seed: int | None = None, request_id: str | None = None, **inputs: Any
-    ) -> AsyncGenerator[Event, None]:
-        """The events of one request; the last is Done, Failed or Aborted. Leaving early aborts the request."""
+    async def stream(self, request: Request | None = None, **fields: Any) -> AsyncGenerator[Event, None]:
+        """The events of one request, or of `request(**fields)`; the last is final, and leaving early aborts it."""
         runner = self.runner
-        request = request or self.request(seed=seed, request_id=request_id, **inputs)
+        request = request or self.request(**fields)
         async with contextlib.aclosing(runner.run(request)) as events:
             async for event in events:
                 yield self._with_lists(event)
 
-    async def generate(
-        self, request: Request | None = None, *, seed: int | None = None, request_id: str | None = None, **inputs: Any
-    ) -> Result:
-        """Run one request to its end. Raises InputError, RequestFailed or RequestAborted."""
-        request = request or self.request(seed=seed, request_id=request_id, **inputs)
+    async def generate(self, request: Request | None = None, **fields: Any) -> Result:
+        """Run one request, or `request(**fields)`, to its end. Raises InputError, RequestFailed, RequestAborted."""
+        request = request or self.request(**fields)
         builder = ResultBuilder(request, self.loaded, self.loads)
         async with contextlib.aclosing(self.stream(request)) as events:
             async for event in events:

@@ -22,7 +22,11 @@ MAX_SEED = 2**32 - 1
 
 
 def build_request(
-    graph: Graph, fields: Mapping[str, Any], seed: int | None = None, request_id: str | None = None
+    graph: Graph,
+    fields: Mapping[str, Any],
+    seed: int | None = None,
+    request_id: str | None = None,
+    preview_every: int = 0,
 ) -> Request:
     """A checked request. A missing seed is drawn at random; None values count as left out.
 
@@ -46,7 +50,9 @@ def build_request(
         seed = random.SystemRandom().randrange(MAX_SEED + 1)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed must be a whole number from 0 to {MAX_SEED}, not {seed!r}")
-    return Request(id=request_id or uuid.uuid4().hex[:12], inputs=values, seed=seed)
+    if not isinstance(preview_every, int) or isinstance(preview_every, bool) or preview_every < 0:
+        raise InputError(f"preview_every must be a number of steps, or 0 for no previews, not {preview_every!r}")
+    return Request(id=request_id or uuid.uuid4().hex[:12], inputs=values, seed=seed, preview_every=preview_every)
 
 
 def is_media(graph: Graph, name: str) -> bool:

@@ -26,6 +26,8 @@ class Request(Message, frozen=True, kw_only=True):
     id: str
     inputs: dict[str, Any] = {}
     seed: int = 0
+    preview_every: int = 0
+    """Denoise steps from one preview to the next; 0: no previews."""
 
 
 # What a stage yields while it runs ------------------------------------------------------------------------------
@@ -49,13 +51,22 @@ class TextDelta(Message, frozen=True, kw_only=True):
     text: str
 
 
+class Preview(Message, frozen=True, kw_only=True):
+    """How the result looks after `step` of `num_steps`: a small PIL image, of a video its middle frame."""
+
+    step: int
+    num_steps: int
+    image: Any
+    """RGB, at most 256 pixels on its longer side."""
+
+
 class Output(Message, frozen=True, kw_only=True):
     """The one payload of a stage's run, always its last item."""
 
     payload: Payload
 
 
-StageItem = Started | Progress | TextDelta | Output
+StageItem = Started | Progress | TextDelta | Preview | Output
 
 
 # What the caller of a request hears -----------------------------------------------------------------------------
@@ -91,6 +102,16 @@ class StageText(Event, frozen=True, kw_only=True):
 
     stage: str
     text: str
+
+
+class StagePreview(Event, frozen=True, kw_only=True):
+    """How the stage's result looks after a step; comes a little after the step's own StageProgress."""
+
+    stage: str
+    step: int
+    num_steps: int
+    image: Any
+    """A small PIL image, as in Preview."""
 
 
 class HopFinished(Event, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
 """The contract between a stage and the process that hosts it.
 
-A stage is set up once, then runs many requests. `run` is an async iterator: any number of `Progress` and `TextDelta`
-items and, last, one `Output`. Blocking work belongs into `ThreadedStage`, so that the event loop stays free.
+A stage is set up once, then runs many requests. `run` is an async iterator: any number of `Progress`, `TextDelta`
+and `Preview` items and, last, one `Output`. Blocking work belongs into `ThreadedStage`, so that the event loop stays
+free.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import msgspec
 
 from omni.errors import RequestAborted
 from omni.memory import MemoryPlan
-from omni.messages import LoadProgress, Output, Payload, Progress, StageItem, Started
+from omni.messages import LoadProgress, Output, Payload, Preview, Progress, StageItem, Started
 from omni.spec import StageSpec
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 0.1
-"""How long Progress may wait for company; a tenth of a second looks immediate."""
+"""How long Progress and previews may wait for company; a tenth of a second looks immediate."""
 Report = Callable[[LoadProgress], None]
 """Takes loading progress; safe to call from any thread."""
 
@@ -49,6 +50,8 @@ class StageCall(msgspec.Struct, frozen=True):
     request_id: str
     inputs: dict[str, Any]
     seed: int
+    preview_every: int = 0
+    """Steps from one Preview to the next, for stages that can show what they are at; 0: none."""
 
 
 class Stage(ABC):
@@ -85,7 +88,7 @@ class Work:
     def __init__(self, request_id: str, emit: Callable[[StageItem], None]) -> None:
         self.request_id = request_id
         self.emit = emit
-        """Report Progress or a TextDelta; from any thread."""
+        """Report Progress, a TextDelta or a Preview; from any thread."""
         self.stop = threading.Event()
         """Set when the request was aborted."""
 
@@ -99,7 +102,8 @@ class _Mailbox:
     """What a worker thread tells the event loop, in order.
 
     Waking the loop costs the worker a fraction of a millisecond of the interpreter each time, and a denoise step may
-    take no longer than ten of them; so Progress that follows other news within PROGRESS_SECONDS waits for company.
+    take no longer than ten of them; so Progress or a Preview that follows other news within PROGRESS_SECONDS waits for
+    company.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -114,7 +118,7 @@ class _Mailbox:
     def put(self, item: StageItem | BaseException) -> None:
         """Tell the loop; from any thread."""
         self._waiting.append(item)
-        if self._is_woken or (self._timer is not None and isinstance(item, Progress)):
+        if self._is_woken or (self._timer is not None and isinstance(item, (Progress, Preview))):
             return
         self._is_woken = True
         self._loop.call_soon_threadsafe(self._deliver)

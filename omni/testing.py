@@ -17,7 +17,7 @@ import msgspec
 
 from omni import registry
 from omni.errors import RequestAborted
-from omni.messages import LoadProgress, Payload, Progress, TextDelta
+from omni.messages import LoadProgress, Payload, Preview, Progress, TextDelta
 from omni.registry import Port, Ports, StageKind
 from omni.spec import StageSpec
 from omni.stage import Report, StageCall, StageContext, ThreadedStage, Work
@@ -110,6 +110,8 @@ class DoubleStage(ThreadedStage):
             if step == spec.steps - 1:
                 self._last_step(call, work, fails)
             work.emit(Progress(step=step + 1, num_steps=spec.steps))
+            if call.preview_every and (step + 1) % call.preview_every == 0:
+                work.emit(Preview(step=step + 1, num_steps=spec.steps, image=_picture(digest)))
         if spec.gives == "text":
             work.emit(TextDelta(text=digest))
         return {} if spec.fail_in == "port" and fails else {spec.gives: self._value(digest)}
@@ -134,13 +136,17 @@ class DoubleStage(ThreadedStage):
         if self.spec.gives == "text":
             return digest
         if self.spec.gives == "image":
-            from PIL import Image
-
-            return Image.frombytes("RGB", (4, 2), bytes.fromhex(digest[:48]))
+            return _picture(digest)
         import torch
 
         generator = torch.Generator().manual_seed(int(digest[:8], 16))
         return torch.randint(0, 255, (max(self.spec.num_bytes, 1),), dtype=torch.uint8, generator=generator)
+
+
+def _picture(digest: str) -> Any:
+    from PIL import Image
+
+    return Image.frombytes("RGB", (4, 2), bytes.fromhex(digest[:48]))
 
 
 def digest_of(value: Any) -> str:

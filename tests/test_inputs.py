@@ -121,6 +121,13 @@ def test_other_seeds_are_refused(seed: Any) -> None:
         build_request(one("text"), {}, seed=seed)
 
 
+@pytest.mark.parametrize("every", [-1, 1.5, "5", True])
+def test_previews_come_every_so_many_steps(every: Any) -> None:
+    assert build_request(one("text"), {}, preview_every=5).preview_every == 5
+    with pytest.raises(InputError, match="preview_every must be a number of steps"):
+        build_request(one("text"), {}, preview_every=every)
+
+
 def test_missing_seeds_and_ids_differ() -> None:
     requests = [build_request(one("text"), {}) for _ in range(20)]
     assert len({request.seed for request in requests}) > 1

@@ -22,6 +22,8 @@ VALUES: dict[str, Any] = {
     "step": 2,
     "num_steps": 8,
     "unit": "denoise step",
+    "preview_every": 5,
+    "image": b"pixels",
     "text": "a small blue",
     "payload": {"images": [b"pixels"]},
     "stage": "draw",

@@ -24,8 +24,8 @@ from omni.load import load_graph
 
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "_pytest": "pytest"}
 """Import name -> distribution, where they differ."""
-PLAIN_NAMES = "configs/models/shapes/"
-"""The scripts in here import each other by plain name, and so does their test."""
+PLAIN_NAMES = "configs/models/"
+"""The scripts in its folders import each other by plain name, and so does their test."""
 OWN_ENVIRONMENT = re.compile(r"-m venv (\S+) && \1/bin/pip install ")
 """An install into an environment that the same line makes: not this project's."""
 

@@ -32,7 +32,7 @@ def test_every_graph_can_be_planned(path: Path, hardware: str) -> None:
     assert {stage.stage: stage.process for stage in plan.stages} == homes
 
 
-@pytest.mark.parametrize("name", ["draw", "demo"])
+@pytest.mark.parametrize("name", ["draw", "demo", "video"])
 def test_the_demos_fit_on_every_gpu(name: str) -> None:
     graph = load_graph(CONFIGS / f"{name}.yaml").graph
     for gpu in GPU_TYPES:

@@ -31,6 +31,8 @@ BROAD_EXCEPTS = {
     "stages/diffusion/batching/batch.py:_run_alone": "hands whatever a call raised to its request, to raise it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
     "stages/function/stage.py:_await_call": "the same for an async function",
+    "stages/diffusion/preview.py:prepare": "a preview is never worth a failed request: one warning, and none come",
+    "stages/diffusion/preview.py:_work": "the same for a preview that is made",
     "omni/stage.py:compute": "hands whatever a worker thread raised to the event loop, which raises it again",
 }
 """`path:function` -> why it may catch everything. A handler that ends in a bare `raise` needs no entry."""

@@ -323,6 +323,7 @@ class Runner(ABC):
             needed_ports=use.ports,
             keep=use.keep,
             send=use.send,
+            preview_every=state.request.preview_every,
         )
         return call, tuple(sent.values())
 

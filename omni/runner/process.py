@@ -33,9 +33,11 @@ from omni.messages import (
     Message,
     Output,
     Payload,
+    Preview,
     Progress,
     StageFinished,
     StageItem,
+    StagePreview,
     StageProgress,
     StageStarted,
     StageText,
@@ -99,6 +101,8 @@ class RunCall(Message, frozen=True, kw_only=True):
     """Hold the payload here, for readers in this process."""
     send: bool = True
     """Readers elsewhere, or the caller, want the payload."""
+    preview_every: int = 0
+    """As in Request."""
 
 
 class Produced(Message, frozen=True, kw_only=True):
@@ -206,7 +210,7 @@ class LocalProcess:
             for hop in hops:
                 yield hop
         guard = SharedInputGuard(inputs)
-        stage_call = StageCall(request_id=call.request_id, inputs=inputs, seed=call.seed)
+        stage_call = StageCall(call.request_id, inputs, call.seed, call.preview_every)
         run = stage.run(stage_call)
         started_at = 0.0
         try:
@@ -370,7 +374,13 @@ def _as_event(call: RunCall, item: StageItem) -> Event:
             )
         case TextDelta(text=text):
             return StageText(request_id=call.request_id, stage=call.stage, text=text)
-    raise TypeError(f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Output")
+        case Preview(step=step, num_steps=num_steps, image=image):
+            return StagePreview(
+                request_id=call.request_id, stage=call.stage, step=step, num_steps=num_steps, image=image
+            )
+    raise TypeError(
+        f"stage '{call.stage}' yielded {type(item).__name__}; allowed: Progress, TextDelta, Preview, Output"
+    )
 
 
 def timeout_error(stage: str, seconds: float) -> StageTimeoutError:

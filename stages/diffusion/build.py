@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         sizes = facts.components
         # 3. The components, all at once, then the pipeline around them
         loaded = _load_components(context, pipeline_class, folder, sizes, dtype, report)
-        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **loaded)
+        with _any_component_types():
+            pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **_load_options(spec), **loaded)
         # 4. Onto the device, as a whole or as the plan's offload policy says; ready for inference
         offload = _offload(pipeline, context)
         if offload is None:
@@ -124,7 +127,7 @@ def _seams(pipeline: Any, meeting: Meeting | None) -> tuple[Seam, ...]:
     pixels = pixels_per_value(pipeline)
     seams = [Seam(denoiser, meeting, pixels) for denoiser in find_denoisers(pipeline).values()]
     if meeting is not None:
-        seams += [Seam(encoder, meeting, 0.0, checks=False) for encoder in find_text_encoders(pipeline).values()]
+        seams += [Seam(encoder, meeting, 0.0, is_denoiser=False) for encoder in find_text_encoders(pipeline).values()]
     return tuple(seams)
 
 
@@ -210,6 +213,24 @@ def _load_components(
         progress(request.name, 0, 0)
     from_disk = context.memory is not None and context.memory.policy == "disk"
     return {**absent, **load_components(requests, spec.load, progress, from_disk=from_disk)}
+
+
+@contextlib.contextmanager
+def _any_component_types() -> Iterator[None]:
+    """Without diffusers' warning that a component is of another class than the pipeline's type hints name.
+
+    The hints name the classes of the released models; a checkpoint that names another one means it.
+    """
+    log = logging.getLogger("diffusers.pipelines.pipeline_utils")
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Expected types for ")
+
+    log.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_kept)
 
 
 def _model_class(library: str, class_name: str) -> Any:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -38,16 +39,31 @@ def current_run() -> DenoiseRun | None:
     return _current.get()
 
 
+class Watcher(Protocol):
+    """Sees one request's denoising, in its thread; it must only look."""
+
+    def denoiser_called(self, arguments: dict[str, Any]) -> None:
+        """A denoiser is called with these keyword arguments."""
+
+    def noise_removed(self, scheduler: Any, answer: torch.Tensor, sample: torch.Tensor, result: Any) -> None:
+        """A noise scheduler has made `result` of `sample` and the denoiser's `answer`."""
+
+    def step_finished(self, step: int, num_steps: int) -> None:
+        """A denoise step is done and reported."""
+
+
 class DenoiseRun:
     """One request's way through its pipeline: stops it when asked, reports its denoise steps."""
 
     priority = 0
     """Its calls are joined and served before those of a lower one."""
 
-    def __init__(self, work: Work, meeting: Meeting | None = None) -> None:
+    def __init__(self, work: Work, watcher: Watcher | None = None, meeting: Meeting | None = None) -> None:
         self._work = work
+        self.watcher = watcher
         self._meeting = meeting
         self._step = 0
+        self._schedulers: list[Any] = []
         self._broken: torch.Tensor | None = None
         """On a GPU: whether any answer so far was not finite; to read it waits for the GPU."""
 
@@ -88,11 +104,23 @@ class DenoiseRun:
         own = copy.copy(pipeline)
         for name, value in list(vars(own).items()):
             if isinstance(value, (SchedulerMixin, BaseGuidance)):
-                vars(own)[name] = copy.deepcopy(value)
+                vars(own)[name] = self._watched(copy.deepcopy(value))
             elif isinstance(value, DiffusionPipeline):
                 vars(own)[name] = self.fork(value)
         vars(own)["progress_bar"] = self.step_bar
         return own
+
+    def _watched(self, part: Any) -> Any:
+        """`part`; a noise scheduler tells the watcher, where there is one, about its steps."""
+        if self.watcher is not None and isinstance(part, SchedulerMixin) and hasattr(part, "step"):
+            part.__class__ = _watched_class(type(part))
+            self._schedulers.append(part)
+        return part
+
+    def noise_removed(self, scheduler: Any, arguments: dict[str, Any], result: Any) -> None:
+        """A step of a noise scheduler: tell the watcher, unless it is a pipeline's own copy, as for sound."""
+        if self.watcher is not None and any(scheduler is own for own in self._schedulers):
+            self.watcher.noise_removed(scheduler, arguments["model_output"], arguments["sample"], result)
 
     def step_bar(self, iterable: Any = None, total: int | None = None, **_: Any) -> StepBar:
         """What the fork takes for its progress bar: the pipeline's own count of its denoise steps."""
@@ -105,10 +133,13 @@ class DenoiseRun:
     def finish_step(self, steps_left: int) -> None:
         """Report one more denoise step; `steps_left` follow in this loop (a pipeline may have several loops)."""
         self._step += 1
-        self._work.emit(Progress(step=self._step, num_steps=self._step + steps_left, unit="denoise step"))
+        num_steps = self._step + steps_left
+        self._work.emit(Progress(step=self._step, num_steps=num_steps, unit="denoise step"))
         if not steps_left:
             self._leave()
         self.raise_if_aborted()
+        if self.watcher is not None:
+            self.watcher.step_finished(self._step, num_steps)
 
 
 class StepBar(tqdm):  # type: ignore[misc]
@@ -140,13 +171,13 @@ class Seam:
         meeting: Meeting | None = None,
         pixels_per_value: float = 1.0,
         *,
-        checks: bool = True,
+        is_denoiser: bool = True,
     ) -> None:
         """`meeting`: where calls of several requests are joined, of samples with so many pixels for each number.
-        `checks`: answers must be finite."""
+        Answers of a denoiser must be finite."""
         self.denoiser = denoiser
         self._forward = denoiser.forward
-        self._meeting, self._pixels_per_value, self._checks = meeting, pixels_per_value, checks
+        self._meeting, self._pixels_per_value, self._is_denoiser = meeting, pixels_per_value, is_denoiser
         self._joiner = Joiner(denoiser, self._forward)
         functools.update_wrapper(self, denoiser.forward)  # pipelines read the forward's signature
         denoiser.forward = self
@@ -156,8 +187,10 @@ class Seam:
         if run is None:
             return self._forward(*args, **kwargs)
         run.raise_if_aborted()
+        if run.watcher is not None and self._is_denoiser:
+            run.watcher.denoiser_called(kwargs)
         answer = self._forward(*args, **kwargs) if self._meeting is None else self._meet(run, args, kwargs)
-        if self._checks:
+        if self._is_denoiser:
             run.check_answer(answer)
         return answer
 
@@ -179,6 +212,22 @@ class Seam:
             return self._forward(*args, **kwargs)
         finally:
             _current.reset(token)
+
+
+@functools.cache
+def _watched_class(kind: type[Any]) -> type[Any]:
+    """A noise scheduler's class whose steps are told to the current run; its name and signatures stay."""
+    signature = inspect.signature(kind.step)
+
+    @functools.wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.step(self, *args, **kwargs)
+        run = _current.get()
+        if run is not None and {"model_output", "sample"} <= signature.parameters.keys():
+            run.noise_removed(self, signature.bind(self, *args, **kwargs).arguments, result)
+        return result
+
+    return type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:

@@ -3,6 +3,7 @@ there are several, which meet in the denoiser."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from stages.diffusion.denoiser import DenoiseRun
 from stages.diffusion.faults import is_out_of_memory, run_faults
 from stages.diffusion.inputs import ArgumentFault, build_arguments
 from stages.diffusion.outputs import audio_rate, build_payload, frames_per_second, output_type
+from stages.diffusion.preview import Previewer, StepPreviews
 
 
 class DiffusionStage(ThreadedStage):
@@ -28,11 +30,19 @@ class DiffusionStage(ThreadedStage):
         self.num_workers = max(self.num_workers, self.spec.batching.max_requests)
         super().__init__(context)
         self.built: Built | None = None
+        self.previewer: Previewer | None = None
 
     def load(self, report: Report) -> None:
         """Load the pipeline. Raises StageSetupError."""
         use_device(self.context.device)
-        self.built = build_pipeline(self.context, report)
+        self.built = built = build_pipeline(self.context, report)
+        self.previewer = Previewer(
+            self.context.name,
+            built.pipeline,
+            built.device,
+            is_offloaded=built.offload is not None,
+            draws=bool({"images", "video"} & built.signature.outputs.keys()),
+        )
 
     def compute(self, call: StageCall, work: Work) -> Payload:
         """Call the pipeline; progress comes with each denoise step.
@@ -46,8 +56,9 @@ class DiffusionStage(ThreadedStage):
         def draw() -> Payload:
             arguments = self._arguments(built, call)
             fps = frames_per_second(arguments, built.signature, self.spec.fps)
-            run = DenoiseRun(work, built.meeting)
-            with run.active(), torch.no_grad():
+            previews = self._previews(call, work)
+            run = DenoiseRun(work, previews, built.meeting)
+            with run.active(), torch.no_grad(), contextlib.closing(previews) if previews else contextlib.nullcontext():
                 result = run.fork(built.pipeline)(**arguments, **self._owned_arguments(built, call.seed))
                 run.check()
                 return build_payload(result, built.signature, fps, audio_rate(built.pipeline))
@@ -60,6 +71,9 @@ class DiffusionStage(ThreadedStage):
 
     def unload(self) -> None:
         """Drop the pipeline and free its device memory."""
+        if self.previewer is not None:
+            self.previewer.close()
+            self.previewer = None
         if self.built is not None:
             if self.built.locks is not None:
                 self.built.locks.remove()
@@ -70,6 +84,11 @@ class DiffusionStage(ThreadedStage):
         self.built = None
         if self.context.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+    def _previews(self, call: StageCall, work: Work) -> StepPreviews | None:
+        if not call.preview_every or self.previewer is None or not self.previewer.prepare():
+            return None
+        return StepPreviews(self.previewer, call.preview_every, work.emit)
 
     def _arguments(self, built: Built, call: StageCall) -> dict[str, Any]:
         try:

@@ -20,6 +20,7 @@ from omni.messages import (
     HopFinished,
     Queued,
     StageFinished,
+    StagePreview,
     StageProgress,
     StageStarted,
 )
@@ -95,6 +96,22 @@ def test_events_come_in_order_and_end_once(runner: str, shape: str) -> None:
     expected = {"chain": 2, "diamond": 4, "gather": 2}[shape]
     assert len(hops) == expected
     assert all(event.bytes > 0 and event.seconds >= 0 for event in events if isinstance(event, HopFinished))
+
+
+def test_previews_come_when_they_are_asked_for(runner: str) -> None:
+    stages = {"a": double(steps=5), "b": double({"x": "a.text"}, steps=5)}
+
+    async def work(omni: AsyncOmni) -> list[list[Event]]:
+        return [await collect(omni, prompt="hello", seed=1, preview_every=every) for every in (0, 2)]
+
+    without, events = run_graph(runner, stages, work)
+    assert not [event for event in without if isinstance(event, StagePreview)]
+    previews = [event for event in events if isinstance(event, StagePreview)]
+    assert [(event.stage, event.step, event.num_steps) for event in previews] == [
+        (stage, step, 5) for stage in "ab" for step in (2, 4)
+    ]
+    assert {(event.image.mode, event.image.size) for event in previews} == {("RGB", (4, 2))}
+    assert previews[0].image.tobytes() != previews[2].image.tobytes()
 
 
 def test_peaks_and_load_times_are_told(runner: str) -> None:

@@ -16,11 +16,14 @@ from stages.diffusion.stage import DiffusionStage
 from tests.stages.diffusion.conftest import build_stage
 
 
-def run_at_once(stage: DiffusionStage, requests: list[dict[str, Any]]) -> list[list[StageItem] | BaseException]:
+def run_at_once(
+    stage: DiffusionStage, requests: list[dict[str, Any]], preview_every: int = 0
+) -> list[list[StageItem] | BaseException]:
     """Requests with seeds 0, 1, 2 ..., all at the same time: what each gave, or its error."""
 
     async def collect(inputs: dict[str, Any], seed: int) -> list[StageItem]:
-        return [item async for item in stage.run(StageCall(f"request-{seed}", inputs, seed))]
+        call = StageCall(f"request-{seed}", inputs, seed, preview_every)
+        return [item async for item in stage.run(call)]
 
     async def gather() -> list[list[StageItem] | BaseException]:
         runs = (collect(inputs, seed) for seed, inputs in enumerate(requests))

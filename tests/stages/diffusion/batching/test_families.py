@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from omni.errors import RequestAborted, StageError
-from omni.messages import Output, Progress
+from omni.messages import Output, Preview, Progress
 from omni.stage import StageCall, Work
 from stages.diffusion.stage import DiffusionStage
 from tests.stages.diffusion import tiny
@@ -86,7 +86,7 @@ def test_batched_equals_alone(
         assert steps == list(range(1, len(steps) + 1))
     assert batches.largest >= 2
     assert set(batches._agrees.values()) == {True}
-    total_steps = sum(len(items) - 2 for items in results)  # type: ignore[arg-type]
+    total_steps = sum(isinstance(item, Progress) for items in results for item in items)  # type: ignore[union-attr]
     denoiser = type(stage.built.seams[0].denoiser).__name__
     ROWS[family] = row(family, denoiser, forms[0], round(num_alone / total_steps))
 
@@ -201,3 +201,12 @@ def test_late_requests_join(batched: Callable[..., DiffusionStage]) -> None:
     for expected, items in zip(serial, run_at_once(stage, requests[:2]), strict=True):
         assert levels(expected, drawn("sd3", items)) <= TOLERANCE
     assert stage.built.meeting.batches.largest == 2  # type: ignore[union-attr]
+
+
+def test_previews_come_from_requests_at_once(batched: Callable[..., DiffusionStage]) -> None:
+    stage, requests = batched("flux"), requests_of("flux")
+    serial = [alone(stage, "flux", inputs, seed) for seed, inputs in enumerate(requests)]
+    results = run_at_once(stage, requests, preview_every=1)
+    for expected, items in zip(serial, results, strict=True):
+        assert levels(expected, drawn("flux", items)) <= TOLERANCE
+    assert any(isinstance(item, Preview) for items in results if isinstance(items, list) for item in items)
