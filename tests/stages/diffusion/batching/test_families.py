@@ -188,8 +188,17 @@ def test_late_requests_join(batched: Callable[..., DiffusionStage]) -> None:
     assert stage.built is not None
     requests[0]["num_inference_steps"] = 6
     serial = [alone(stage, "sd3", inputs, seed) for seed, inputs in enumerate(requests[:2])]
-    begun = threading.Event()
-    Saboteur(stage, "request-0", 2, lambda _: begun.set())
+    begun, never = threading.Event(), threading.Event()
+    meeting = stage.built.meeting
+    assert meeting is not None
+
+    def wait_for_company(_: Work) -> None:
+        begun.set()
+        for _ in range(10_000):
+            if meeting._waiting or never.wait(0.001):
+                return
+
+    Saboteur(stage, "request-0", 2, wait_for_company)
     compute, gate = stage.compute, begun
 
     def late(call: StageCall, work: Work) -> Any:
@@ -198,9 +207,9 @@ def test_late_requests_join(batched: Callable[..., DiffusionStage]) -> None:
         return compute(call, work)
 
     stage.compute = late  # type: ignore[method-assign]
-    for expected, items in zip(serial, run_at_once(stage, requests[:2]), strict=True):
+    for expected, items in zip(serial, run_at_once(stage, requests[:2], together=False), strict=True):
         assert levels(expected, drawn("sd3", items)) <= TOLERANCE
-    assert stage.built.meeting.batches.largest == 2  # type: ignore[union-attr]
+    assert meeting.batches.largest == 2
 
 
 def test_previews_come_from_requests_at_once(batched: Callable[..., DiffusionStage]) -> None:
