@@ -1,4 +1,4 @@
-"""Sizes in bytes, read from text and written for people."""
+"""Sizes in bytes and durations, read from text and written for people."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def format_bytes(size: int) -> str:
         if value < 999.95 or unit == "TiB":
             break
     return f"{value:.1f} {unit}"
+
+
+def parse_seconds(text: str) -> float:
+    """`5ms` or `1.5s`, in seconds. Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s)\s*", text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a duration; write a number and a unit, such as 5ms or 1.5s")
+    return float(match.group(1)) / (1000 if match.group(2) == "ms" else 1)

@@ -97,6 +97,23 @@ class OffloadSpec(Spec, frozen=True, kw_only=True):
     """Blocks fetched before they are needed."""
 
 
+Duration = Annotated[
+    str, Meta(pattern=r"^\s*[0-9]+(\.[0-9]+)?\s*(ms|s)\s*$", description="a duration such as 5ms or 1.5s")
+]
+
+
+class BatchingSpec(Spec, frozen=True, kw_only=True):
+    """Requests at the same time: they go through their denoise steps together, in joined calls of the denoiser."""
+
+    max_requests: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Requests that the stage works on at once, and the most in one call; 1 is one after another."""
+    max_pixels: Annotated[int, Meta(ge=1)] = 4_194_304
+    """Height x width x frames of all pictures in one call; guidance that doubles the batch counts twice. One request
+    always fits."""
+    wait: Duration = "5ms"
+    """How long a call waits for the next one that is about to come."""
+
+
 class SamplingSpec(Spec, frozen=True, kw_only=True):
     """How an LLM picks tokens, under transformers' names."""
 
@@ -144,6 +161,7 @@ class DiffusionSpec(StageSpec, frozen=True, kw_only=True, tag="diffusion"):
     """Arguments of the pipeline's own call; a request's field of the same name wins."""
     fps: Annotated[float, Meta(gt=0)] = 16.0
     """Frames per second written with a video when the call has no frame_rate."""
+    batching: BatchingSpec = BatchingSpec()
     load: LoadSpec = LoadSpec()
     offload: OffloadSpec = OffloadSpec()
     revision: str | None = None

@@ -217,5 +217,8 @@ class ThreadedStage(Stage):
     async def teardown(self) -> None:
         for work, _, _ in self._runs.values():
             work.stop.set()
+        running = {*(future for _, future, _ in self._runs.values()), *self._left}
+        if running:  # with several workers, unloading would not wait for its turn behind them
+            await asyncio.wait([asyncio.wrap_future(future) for future in running])
         await asyncio.wrap_future(self.submit(self.unload))
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omni.errors import UsageError
-from omni.sizes import GIB, format_bytes, parse_bytes
+from omni.sizes import GIB, format_bytes, parse_bytes, parse_seconds
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,14 @@ def test_format(size: int, text: str) -> None:
 @given(st.integers(0, 2**60))
 def test_round_trip_is_close(size: int) -> None:
     assert abs(parse_bytes(format_bytes(size)) - size) <= 0.051 * max(1, size)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("5ms", 0.005), (" 1.5 s ", 1.5), ("0ms", 0.0)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["5", "ms", "-1s", "5 min"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a duration"):
+        parse_seconds(text)

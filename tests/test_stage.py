@@ -92,3 +92,27 @@ async def test_an_error_comes_after_all_progress() -> None:
         await asyncio.wait_for(listen(), WAIT_SECONDS)
     assert heard == [Started(), *steps(3)]
     await stage.teardown()
+
+
+async def test_unloading_waits_for_the_work_of_all_threads() -> None:
+    begun, order = threading.Event(), []
+
+    def tell(work: Work) -> None:
+        begun.set()
+        assert work.stop.wait(WAIT_SECONDS)
+        order.append("work")
+
+    class Several(Telling):
+        """Two threads, so that unloading does not queue behind the work."""
+
+        num_workers = 2
+
+        def unload(self) -> None:
+            order.append("unload")
+
+    stage = Several(tell)
+    run = asyncio.ensure_future(anext(aiter(stage.run(CALL))))
+    assert await run == Started()
+    assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
+    await stage.teardown()
+    assert order == ["work", "unload"]

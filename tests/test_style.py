@@ -33,6 +33,8 @@ BROAD_EXCEPTS = {
     "omni/server/writer.py:_commit": "a fault in a group of writes: each is tried again by itself",
     "omni/server/writer.py:_beat_if_due": "a heartbeat's fault is logged, and the next one comes: writes must go on",
     "omni/server/writer.py:_commit_one": "hands whatever a write raised to its caller, who raises it again",
+    "stages/diffusion/batching/batch.py:_run": "a joined call failed: its members run one by one, each to its own end",
+    "stages/diffusion/batching/batch.py:_run_alone": "hands whatever a call raised to its request, to raise it again",
     "stages/function/stage.py:_make_call": "hands whatever the function raised to the run, which raises it again",
     "stages/function/stage.py:_await_call": "the same for an async function",
     "stages/diffusion/preview.py:prepare": "a preview is never worth a failed request: one warning, and none come",

@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace) -> Report:
     if args.repeat < 1 or args.warmup < 0:
         raise UsageError("--repeat must be at least 1 and --warmup at least 0")
     omni = Omni(args.graph, overrides=with_load_flags(args, args.graph), runner="inline")
-    spec = _single_stage(omni)
+    spec = single_stage(omni)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     correct = True
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> Report:
         assert isinstance(stage, ThreadedStage)
         bare = stage.submit(_load_bare, omni, spec).result()
         for turn in range(args.warmup + args.repeat):
-            prompt, seed = _random_prompt(), random.randrange(2**32)
+            prompt, seed = random_prompt(), random.randrange(2**32)
             images = {}
             for name in random.sample(SIDES, len(SIDES)):
                 cpu_begin = time.process_time()
@@ -76,14 +76,15 @@ def measure(args: argparse.Namespace) -> Report:
     return _report(args, seconds, cpu_seconds, correct)
 
 
-def _single_stage(omni: Omni) -> DiffusionSpec:
+def single_stage(omni: Omni) -> DiffusionSpec:
+    """The spec of the graph's only stage. Raises UsageError when it does not make pictures."""
     from omni.errors import UsageError
     from omni.spec import DiffusionSpec
 
     specs = list(omni.graph.spec.stages.values())
     outputs = [omni.graph.ports[source.stage].outputs[source.port].type for source in omni.graph.outputs.values()]
     if len(specs) != 1 or not isinstance(specs[0], DiffusionSpec) or "image" not in outputs[0]:
-        raise UsageError("bench overhead needs a graph with a single stage, of kind diffusion, that makes pictures")
+        raise UsageError("this bench needs a graph with a single stage, of kind diffusion, that makes pictures")
     return specs[0]
 
 
@@ -121,7 +122,8 @@ def _time_omni(omni: Omni, prompt: str, seed: int) -> tuple[float, Any]:
     return time.perf_counter() - begin, next(iter(result.outputs.values()))
 
 
-def _random_prompt() -> str:
+def random_prompt() -> str:
+    """A prompt that the small painter understands."""
     pick = random.choice
     return f"a {pick(SIZES)} {pick(COLOURS)} {pick(SHAPES)} on a {pick(COLOURS)} background"
 

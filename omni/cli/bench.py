@@ -11,6 +11,7 @@ import importlib
 
 BENCHES = {
     "overhead": "one request through Omni inline against the same bare diffusers call",
+    "batch": "several requests at once against the same ones one after another",
     "load": "weights from files to the device or host memory, against diffusers and raw reads",
     "offload": "denoise steps with weights that stream or take turns, against diffusers' offloading",
     "hop": "a tensor from one Ray actor to another through Omni against other ways to carry it",

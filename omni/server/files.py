@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,16 +115,35 @@ class FileStore:
         """
         path = f"{self._root}/{MARK}"
         with _told(MARK):
-            try:
-                owner = bytes(self._fs.cat_file(path)).decode("utf-8", "replace").strip()
-            except FileNotFoundError:
-                self._fs.pipe_file(path, store_id.encode())
-                return
+            owner = self._owner(path)
+            if owner is None:
+                self._claim(path, store_id)
+                owner = self._owner(path)
         if owner != store_id:
             raise StoreError(
-                f"the files in {self._root} belong to another job store ({owner[:40]}); give each store a folder "
-                f"of its own, or remove {path} if that store is gone"
+                f"the files in {self._root} belong to another job store ({(owner or '')[:40]}); give each store a "
+                f"folder of its own, or remove {path} if that store is gone"
             )
+
+    def _owner(self, path: str) -> str | None:
+        try:
+            return bytes(self._fs.cat_file(path)).decode("utf-8", "replace").strip()
+        except FileNotFoundError:
+            return None
+
+    def _claim(self, path: str, store_id: str) -> None:
+        """Write the mark, whole at once where files are local: another server may read it at this moment."""
+        if self.folder is None:
+            self._fs.pipe_file(path, store_id.encode())
+            return
+        draft = Path(f"{path}.{uuid.uuid4().hex}")
+        draft.write_text(store_id)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass  # another server was first
+        finally:
+            draft.unlink()
 
     def remove_folder(self, job_id: str) -> None:
         """Remove all files of a job."""

@@ -20,8 +20,11 @@ from omni.errors import Mistake, StageSetupError
 from omni.memory_planner import settle
 from omni.messages import LoadProgress
 from omni.registry import CheckpointRef
+from omni.sizes import parse_seconds
 from omni.spec import DiffusionSpec
 from omni.stage import Report, StageContext
+from stages.diffusion.batching.locks import Locks, lock_components
+from stages.diffusion.batching.meeting import Meeting
 from stages.diffusion.check import call_mistakes, check
 from stages.diffusion.checkpoint import (
     absent_components,
@@ -32,7 +35,7 @@ from stages.diffusion.checkpoint import (
     pipeline_name,
     read_index,
 )
-from stages.diffusion.denoiser import Seam, find_denoisers
+from stages.diffusion.denoiser import Seam, find_denoisers, find_text_encoders, pixels_per_value
 from stages.diffusion.faults import setup_faults
 from stages.diffusion.signature import Signature, signature_of
 from stages.policies.load import ComponentRequest, load_components
@@ -53,6 +56,10 @@ class Built(msgspec.Struct, frozen=True):
     """The policy that moves its weights; None when all are on `device`."""
     correction: Correction | None = None
     """Corrects the policy's plan by what requests take."""
+    meeting: Meeting | None = None
+    """Where requests join their denoise steps; None: one request at a time."""
+    locks: Locks | None = None
+    """One thread at a time in what several requests use, where several run at once."""
 
 
 def build_pipeline(context: StageContext, report: Report) -> Built:
@@ -95,14 +102,33 @@ def build_pipeline(context: StageContext, report: Report) -> Built:
         signature = signature_of(type(pipeline))
         if mistakes := call_mistakes(spec.call, signature):
             raise _mistaken(stage, mistakes)
-        # 6. The seam in each denoiser's forward
-        seams = tuple(Seam(denoiser) for denoiser in find_denoisers(pipeline).values())
-        # 7. What requests take corrects the plan, where there is one
+        # 6. One request at a time in each component, where several run at once
+        meeting = _meeting(spec)
+        locks = None if meeting is None else lock_components(pipeline)
+        # 7. The seam in each denoiser's forward, and in text encoders' where their calls are joined too
+        seams = _seams(pipeline, meeting)
+        # 8. What requests take corrects the plan, where there is one
         correction = Correction.of(stage, offload, context.memory, spec, facts)
         undo.pop_all()
     total = sum(sizes.values())
     report(LoadProgress(stage=stage, component="", done_bytes=total, total_bytes=total, state="ready"))
-    return Built(pipeline, signature, seams, device, dtype, offload, correction)
+    return Built(pipeline, signature, seams, device, dtype, offload, correction, meeting, locks)
+
+
+def _meeting(spec: DiffusionSpec) -> Meeting | None:
+    """The meeting point of a stage that works on several requests at once."""
+    batching = spec.batching
+    if batching.max_requests == 1:
+        return None
+    return Meeting(batching.max_requests, batching.max_pixels, parse_seconds(batching.wait))
+
+
+def _seams(pipeline: Any, meeting: Meeting | None) -> tuple[Seam, ...]:
+    pixels = pixels_per_value(pipeline)
+    seams = [Seam(denoiser, meeting, pixels) for denoiser in find_denoisers(pipeline).values()]
+    if meeting is not None:
+        seams += [Seam(encoder, meeting, 0.0, is_denoiser=False) for encoder in find_text_encoders(pipeline).values()]
+    return tuple(seams)
 
 
 def choose_dtype(spec: DiffusionSpec, device: str) -> torch.dtype:

@@ -17,6 +17,14 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|alloc_cpu", re.IGN
 _DTYPES = re.compile(r"same dtype|scalar type|Input type|expected .*dtype")
 
 
+class NotFinite(RuntimeError):
+    """A denoiser gave numbers that are not finite, which would become a black picture."""
+
+    def __init__(self, step: int | None) -> None:
+        place = "a denoise step" if step is None else f"denoise step {step}"
+        super().__init__(f"{place} gave numbers that are not finite")
+
+
 @contextlib.contextmanager
 def setup_faults(stage: str, model: str, device: str) -> Iterator[None]:
     """Turn errors of loading `model` into StageSetupError with a remedy."""
@@ -53,6 +61,8 @@ def run_faults(stage: str, pipeline: Any, device: str) -> Iterator[None]:
         if is_out_of_memory(error):
             cause = f"{device} is out of memory"
             remedy = "ask for less height, width, num_frames or pictures at once, or set dtype: bfloat16"
+        elif isinstance(error, NotFinite):
+            remedy = f"set stages.{stage}.dtype: float32, or bfloat16 in place of float16; else look at the inputs"
         elif missing and "NoneType" in str(error):
             cause = f"{cause}; the checkpoint has no {', '.join(missing)}"
             remedy = "send embeddings (prompt_embeds ...) instead of what these components would make"

@@ -3,7 +3,8 @@
 The estimates are peaks of torch's allocations in one forward, in eager mode, as counted on stock classes with their
 stock configs (docs/planner.md has the numbers):
 
-- denoiser: batch x tokens x hidden size x 16 values, a token being one patch of the latents;
+- denoiser: batch x tokens x hidden size x 16 values, a token being one patch of the latents; with batching, for as many
+  requests as are joined;
 - VAE decode: frames x height x width x channels of its last stage x 7.5 values, or as families.decoding says;
 - text encoder: 512 tokens x hidden size x 16 values.
 """
@@ -16,7 +17,7 @@ from typing import Any
 from omni.checkpoint import CheckpointFacts
 from omni.component_facts import FLOAT_SIZES, auto_dtype
 from omni.memory import ComponentUse
-from omni.spec import DiffusionSpec
+from omni.spec import BatchingSpec, DiffusionSpec
 from stages.diffusion.families.decoding import DECODE_VALUES
 
 DENOISERS = ("transformer", "unet", "prior")
@@ -51,7 +52,14 @@ def uses(spec: DiffusionSpec, facts: CheckpointFacts) -> dict[str, ComponentUse]
     for name, config in configs.items():
         if name in denoisers:
             num_runs = max(1, math.ceil(steps * calls / len(denoisers)))
-            taken = math.ceil(shape.batch * shape.num_tokens(config) * hidden_size(config) * VALUES * size)
+            taken = math.ceil(
+                shape.joined(spec.batching)
+                * shape.batch
+                * shape.num_tokens(config)
+                * hidden_size(config)
+                * VALUES
+                * size
+            )
             found[name] = ComponentUse(num_runs=num_runs, calls_per_step=calls, activation_bytes=taken)
         elif name in DECODERS:
             found[name] = ComponentUse(activation_bytes=math.ceil(shape.decode_values(config) * size), may_stream=False)
@@ -87,6 +95,11 @@ class _Shape:
         self.frames = _number(call.get("num_frames"), NUM_FRAMES) if self.is_video else 1.0
         is_guided = _number(call.get("guidance_scale"), 2) > 1 and "guidance_embeds" not in denoiser
         self.batch = _number(call.get("num_images_per_prompt"), 1) * (2 if is_guided else 1)
+
+    def joined(self, batching: BatchingSpec) -> int:
+        """Requests of this call that are joined at most."""
+        pixels = self.height * self.width * self.frames * self.batch
+        return max(1, min(batching.max_requests, int(batching.max_pixels / (pixels or 1))))
 
     def num_tokens(self, config: dict[str, Any]) -> float:
         """Patches of the latents that the denoiser with this config sees, and the text beside them."""

@@ -1,4 +1,5 @@
-"""The stage that runs a stock diffusers pipeline, one request at a time per worker thread."""
+"""The stage that runs a stock diffusers pipeline, one request at a time per worker thread; with `batching` in the spec
+there are several, which meet in the denoiser."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ class DiffusionStage(ThreadedStage):
     """Any diffusers pipeline. A request's pictures depend on its inputs and seed only, not on what runs beside it."""
 
     def __init__(self, context: StageContext) -> None:
-        super().__init__(context)
         assert isinstance(context.spec, DiffusionSpec)
         self.spec = context.spec
+        self.num_workers = max(self.num_workers, self.spec.batching.max_requests)
+        super().__init__(context)
         self.built: Built | None = None
         self.previewer: Previewer | None = None
 
@@ -55,9 +57,10 @@ class DiffusionStage(ThreadedStage):
             arguments = self._arguments(built, call)
             fps = frames_per_second(arguments, built.signature, self.spec.fps)
             previews = self._previews(call, work)
-            run = DenoiseRun(work, previews)
+            run = DenoiseRun(work, previews, built.meeting)
             with run.active(), torch.no_grad(), contextlib.closing(previews) if previews else contextlib.nullcontext():
                 result = run.fork(built.pipeline)(**arguments, **self._owned_arguments(built, call.seed))
+                run.check()
                 return build_payload(result, built.signature, fps, audio_rate(built.pipeline))
 
         with run_faults(name, built.pipeline, built.device):
@@ -72,6 +75,8 @@ class DiffusionStage(ThreadedStage):
             self.previewer.close()
             self.previewer = None
         if self.built is not None:
+            if self.built.locks is not None:
+                self.built.locks.remove()
             for seam in self.built.seams:
                 seam.remove()
             if self.built.offload is not None:

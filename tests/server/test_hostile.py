@@ -102,7 +102,7 @@ def test_afterwards_no_name_of_a_client_is_on_the_disk(site: Site) -> None:
     names = {str(path.relative_to(site.folder)) for path in site.folder.rglob("*") if path.is_file()}
     assert len(names) > 3
     database = r"jobs\.db(-wal|-shm|\.servers/[A-Za-z0-9.-]+-[0-9]+-[0-9a-f]+)?"
-    ours = re.compile(database + r"|files/job_[0-9a-f]{24}/(in|out)-[0-9a-f]{12}\.[a-z0-9]+")
+    ours = re.compile(database + r"|files/omni-store|files/job_[0-9a-f]{24}/(in|out)-[0-9a-f]{12}\.[a-z0-9]+")
     assert not [name for name in names if not ours.fullmatch(name)]
 
 

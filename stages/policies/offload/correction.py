@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -43,6 +42,8 @@ class Correction:
         self._name, self._offload, self._spec, self._facts = name, offload, spec, facts
         self._condition = threading.Condition()
         self._num_running = 0
+        self._num_shrinking = 0
+        """Requests that wait for the running ones to end; no other begins meanwhile."""
         self._largest_bytes = 0
         self._least_bytes = 0
         """The plan assumes no less: with less, memory ran out."""
@@ -91,6 +92,8 @@ class Correction:
     @contextlib.contextmanager
     def _request(self) -> Iterator[None]:
         with self._condition:
+            if not self._condition.wait_for(lambda: not self._num_shrinking, timeout=WAIT_SECONDS):
+                raise RuntimeError(f"memory was not made for {WAIT_SECONDS:.0f} s")
             if not self._num_running:
                 keep_peak(str(self._offload.engine.device))
                 self._offload.engine.begin_measuring()
@@ -132,17 +135,20 @@ class Correction:
 
     def _shrink(self, cause: str) -> None:
         """Keep the least, once no other request is under way."""
-        deadline = time.monotonic() + WAIT_SECONDS
         with self._condition:
-            while self._num_running:
-                if not self._condition.wait(timeout=max(0.0, deadline - time.monotonic())):
+            self._num_shrinking += 1
+            try:
+                if not self._condition.wait_for(lambda: not self._num_running, timeout=WAIT_SECONDS):
                     raise RuntimeError(f"other requests were under way for {WAIT_SECONDS:.0f} s")
-            self._least_bytes = max(self._least_bytes, math.ceil(self.memory.activation_bytes * STEP_BACK))
-            self._is_settled = False
-            self._offload.set_resident(0)
-            log.warning(
-                "stage '%s': %s; the request runs once more with %s of weights on the device",
-                self._name,
-                cause,
-                format_bytes(self._offload.device_bytes),
-            )
+                self._least_bytes = max(self._least_bytes, math.ceil(self.memory.activation_bytes * STEP_BACK))
+                self._is_settled = False
+                self._offload.set_resident(0)
+                log.warning(
+                    "stage '%s': %s; the request runs once more with %s of weights on the device",
+                    self._name,
+                    cause,
+                    format_bytes(self._offload.device_bytes),
+                )
+            finally:
+                self._num_shrinking -= 1
+                self._condition.notify_all()

@@ -33,7 +33,7 @@ def build_stage(
     family: str, folder: Path, reports: list[LoadProgress] | None = None, workers: int = 1, **changes: Any
 ) -> DiffusionStage:
     """A loaded stage of the family; `changes` replace keys of its spec."""
-    recipe = tiny.FAMILIES[family]
+    recipe = {**tiny.FAMILIES, **tiny.MORE_FAMILIES}[family]
     call = {**recipe.call, "num_inference_steps": 4, **changes.pop("call", {})}
     spec = DiffusionSpec(**{"model": str(folder), "pipeline": recipe.pipeline, "call": call, **changes})
     stage_class = type("Stage", (DiffusionStage,), {"num_workers": workers})

@@ -9,7 +9,7 @@ import pytest
 from omni.checkpoint import CheckpointFacts
 from omni.component_facts import ComponentFacts
 from omni.memory import ComponentUse
-from omni.spec import DiffusionSpec
+from omni.spec import BatchingSpec, DiffusionSpec
 from stages.diffusion.memory import hidden_size, uses
 
 MIB = 1024**2
@@ -82,6 +82,22 @@ def test_runs() -> None:
     assert [use.may_stream for use in found.values()] == [True, False, True]
     two = uses_of({"num_inference_steps": 9}, transformer=WAN, transformer_2=WAN, vae=WAN_VAE)
     assert [use.num_runs for use in two.values()] == [5, 5, 1]
+
+
+def test_requests_that_are_joined_take_as_much_as_all_of_them() -> None:
+    configs = {"transformer": QWEN, "vae": QWEN_VAE}
+    parts = {name: ComponentFacts({"BF16": 8}, config=config) for name, config in configs.items()}
+    facts = CheckpointFacts(dict.fromkeys(parts, 8), parts=parts)
+
+    def taken(side: int, **batching: int) -> int:
+        spec = DiffusionSpec(
+            model="m", call={"height": side, "width": side, "guidance_scale": 1}, batching=BatchingSpec(**batching)
+        )
+        return uses(spec, facts)["transformer"].activation_bytes
+
+    assert taken(512, max_requests=8) == 8 * taken(512)
+    assert taken(1024, max_requests=8) == 4 * taken(1024)
+    assert taken(4096, max_requests=8) == taken(4096)
 
 
 def test_sound() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from tests.stages.diffusion.tiny_images import (
     flux,
@@ -32,6 +33,19 @@ from tests.stages.diffusion.tiny_media import (
     stable_audio,
     wan,
     wan_image_to_video,
+)
+from tests.stages.diffusion.tiny_more import (
+    chroma,
+    cogvideox,
+    hidream,
+    hidream_inputs,
+    lumina2,
+    masked_embeds,
+    pixart,
+    sana,
+    stable_diffusion,
+    stable_diffusion_xl,
+    stable_diffusion_xl_inputs,
 )
 from tests.stages.diffusion.tiny_parts import picture, two_embeds
 
@@ -93,9 +107,56 @@ FAMILIES = {
 }
 
 
+def positive(inputs: Callable[[int], dict[str, Any]]) -> Callable[[int], dict[str, Any]]:
+    """Inputs without a negative branch, for pipelines that take its embeddings only beside a text encoder."""
+    return lambda seed: {name: value for name, value in inputs(seed).items() if "negative" not in name}
+
+
+SQUARE = {"height": 32, "width": 32}
+MORE_FAMILIES = {
+    "chroma": Family(
+        "ChromaPipeline", chroma, masked_embeds(32, torch.bool), {"guidance_scale": 4.0, **SQUARE}, "images"
+    ),
+    "cogvideox": Family(
+        "CogVideoXPipeline",
+        cogvideox,
+        two_embeds(32),
+        {"guidance_scale": 4.0, "height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 8},
+        "video",
+    ),
+    "hidream": Family("HiDreamImagePipeline", hidream, hidream_inputs, {"guidance_scale": 4.0, **SQUARE}, "images"),
+    "lumina2": Family("Lumina2Pipeline", lumina2, masked_embeds(16), {"guidance_scale": 4.0, **SQUARE}, "images"),
+    "pixart": Family(
+        "PixArtSigmaPipeline",
+        pixart,
+        positive(masked_embeds(16)),
+        {"guidance_scale": 1.0, "use_resolution_binning": False, **SQUARE},
+        "images",
+    ),
+    "sana": Family(
+        "SanaPipeline",
+        sana,
+        positive(masked_embeds(16)),
+        {"guidance_scale": 1.0, "use_resolution_binning": False, **SQUARE},
+        "images",
+    ),
+    "stable_diffusion": Family(
+        "StableDiffusionPipeline", stable_diffusion, two_embeds(16), {"guidance_scale": 4.0, **SQUARE}, "images"
+    ),
+    "stable_diffusion_xl": Family(
+        "StableDiffusionXLPipeline",
+        stable_diffusion_xl,
+        stable_diffusion_xl_inputs,
+        {"guidance_scale": 4.0, **SQUARE},
+        "images",
+    ),
+}
+"""For what is tried on as many denoisers as possible."""
+
+
 def save(name: str, root: Path) -> Path:
     """Save the pipeline of family `name` under `root`, once."""
-    build = FAMILIES[name].build
+    build = {**FAMILIES, **MORE_FAMILIES}[name].build
     folder = root / build.__name__
     if not folder.exists():
         build().save_pretrained(folder)
