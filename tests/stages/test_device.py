@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,12 +32,13 @@ def test_diffusion_loads_and_computes_on_its_device(chosen: list[str], monkeypat
     def refuse(*args: object) -> None:
         raise diffusion.ArgumentFault(f"after {len(chosen)}")
 
+    built = {"signature": SimpleNamespace(outputs={})}
+    for name in ("signature", "device", "dtype", "pipeline", "correction", "meeting", "denoiser", "offload"):
+        monkeypatch.setattr(refuse, name, built.get(name), raising=False)
     monkeypatch.setattr(diffusion, "build_pipeline", lambda *args: refuse)
     stage = diffusion.DiffusionStage(StageContext("draw", DiffusionSpec(model="m"), "", device="cuda:1"))
     stage.load(lambda progress: None)
     assert chosen == ["cuda:1"]
     monkeypatch.setattr(diffusion, "build_arguments", refuse)
-    for name in ("signature", "device", "dtype", "pipeline", "correction"):
-        monkeypatch.setattr(refuse, name, None, raising=False)
     with pytest.raises(StageError, match="after 2"):
         stage.compute(StageCall("r", {}, 0), Work("r", lambda item: None))
