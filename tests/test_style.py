@@ -241,3 +241,10 @@ def test_wrong_file_trees_are_found() -> None:
         "omni/gone.py does not exist",
         "Makefile has no description",
     ]
+
+
+def test_shipped_models_name_no_machine(root: Path, project_files: list[str]) -> None:
+    """Libraries write into a model's files where they read its parts from."""
+    written = [path for path in project_files if path.startswith("configs/") and path.endswith(".json")]
+    assert written
+    assert [path for path in written if MACHINE_PATHS.search((root / path).read_text())] == []

@@ -249,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         scheduler=scheduler,
         **{name: part.to("cpu", torch.bfloat16).eval() for name, part in parts.items()},
     )
+    vae.register_to_config(_name_or_path="")  # where it was read from is a path of this machine
     pipeline.save_pretrained(options.output)
 
 
