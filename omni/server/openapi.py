@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from omni.server.errors import ErrorAnswer
@@ -32,6 +32,17 @@ EVENTS = {"text/event-stream": EVENT}
 
 
 NO_CONTENT = 204
+
+
+Routes = tuple[tuple[str, str, Any, dict[str, Any]], ...]
+"""Method, path, handler, and what `operation` is told of it; by default with ROUTE_ERRORS."""
+ROUTE_ERRORS = (400, 401, 404)
+
+
+def add_routes(router: APIRouter, routes: Routes) -> None:
+    """Add routes with their descriptions."""
+    for method, path, handler, described in routes:
+        router.add_api_route(path, handler, methods=[method], **operation(**{"errors": ROUTE_ERRORS, **described}))
 
 
 def operation(

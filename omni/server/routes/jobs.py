@@ -23,7 +23,7 @@ from omni.server.errors import bad_request, not_found
 from omni.server.fields import own_inputs
 from omni.server.job_object import JobDeleted, JobList, JobObject, job_object
 from omni.server.jobs import JOB_ID, Draining, Job, JobOrder, JobState, OutputFile
-from omni.server.openapi import EVENTS, operation, reference
+from omni.server.openapi import EVENTS, Routes, add_routes, reference
 from omni.server.reading import Body, convert, read_body
 from omni.server.stored import open_image, wait_for_end
 from omni.server.streaming import EventStream, ServerEvent
@@ -208,7 +208,7 @@ def wait_seconds(request: Request) -> float:
 def build_router(context: Context) -> APIRouter:
     """Routes below /v1/jobs, and the one that makes jobs."""
     router, jobs = APIRouter(tags=["Omni"]), Jobs(context)
-    routes: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
+    routes: Routes = (
         (
             "POST",
             "/v1/graphs/{name}/jobs",
@@ -249,7 +249,5 @@ def build_router(context: Context) -> APIRouter:
             },
         ),
     )
-    for method, path, handler, described in routes:
-        described.setdefault("errors", (400, 401, 404))
-        router.add_api_route(path, handler, methods=[method], **operation(**described))
+    add_routes(router, routes)
     return router

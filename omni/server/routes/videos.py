@@ -20,7 +20,7 @@ from omni.server.fields import translate
 from omni.server.graph_facts import FRAMES_INPUTS, default_of, frames_per_second
 from omni.server.jobs import Job, JobOrder
 from omni.server.media_room import RequestMedia
-from omni.server.openapi import FILE, operation
+from omni.server.openapi import FILE, Routes, add_routes
 from omni.server.reading import Body, read_body, split_fields
 from omni.server.routes.jobs import MAX_LIST, find_job, output_answer
 
@@ -185,7 +185,7 @@ def first_frame(place: Path | bytes) -> bytes:
 def build_router(context: Context) -> APIRouter:
     """Routes below /v1/videos."""
     router, videos = APIRouter(tags=["OpenAI"]), Videos(context)
-    routes: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
+    routes: Routes = (
         (
             "POST",
             "/v1/videos",
@@ -214,7 +214,5 @@ def build_router(context: Context) -> APIRouter:
         ),
         ("DELETE", "/v1/videos/{video_id}", videos.delete, {"summary": "Delete a video", "answer": VideoDeleted}),
     )
-    for method, path, handler, described in routes:
-        described.setdefault("errors", (400, 401, 404))
-        router.add_api_route(path, handler, methods=[method], **operation(**described))
+    add_routes(router, routes)
     return router
